@@ -1,0 +1,24 @@
+# One program holds every C++ test. ctest runs it once per source file and instruction set; a set that this
+# processor lacks is reported as skipped (exit status 77).
+
+file(GLOB test_sources CONFIGURE_DEPENDS csrc/tests/*.cpp)
+if(NOT test_sources OR NOT core_objects)
+  message(STATUS "interfuse: no C++ tests yet")
+  return()
+endif()
+
+add_executable(interfuse_tests ${test_sources} ${core_object_files})
+target_link_libraries(interfuse_tests PRIVATE interfuse_flags ${core_link_libraries})
+target_compile_options(interfuse_tests PRIVATE ${isa_flags_baseline})
+target_compile_definitions(interfuse_tests PRIVATE ${isa_definitions})
+
+foreach(source IN LISTS test_sources)
+  get_filename_component(stem "${source}" NAME_WE)
+  if(NOT stem MATCHES "^test_")
+    continue()
+  endif()
+  foreach(isa IN LISTS INTERFUSE_ISAS)
+    add_test(NAME ${stem}.${isa} COMMAND interfuse_tests ${stem})
+    set_tests_properties(${stem}.${isa} PROPERTIES SKIP_RETURN_CODE 77 ENVIRONMENT "INTERFUSE_ISA=${isa}")
+  endforeach()
+endforeach()
