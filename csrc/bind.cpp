@@ -1,0 +1,180 @@
+// The Python binding: passes pointers. What they point to was checked on the Python side (dtype, device, shape,
+// strides); what the numbers say is checked by the core.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "interfuse.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void raise(interfuse_status status) {
+  if (status == INTERFUSE_OK) return;
+  const char* message = interfuse_last_error();
+  switch (status) {
+    case INTERFUSE_INVALID: throw py::value_error(message);
+    case INTERFUSE_OUT_OF_MEMORY: PyErr_SetString(PyExc_MemoryError, message); throw py::error_already_set();
+    default: throw std::runtime_error(message);
+  }
+}
+
+using Sizes = std::vector<int64_t>;
+
+// Python's lists have one entry per spatial dimension; the core's arrays have three, filled from the right.
+void fill(const char* name, const Sizes& from, int spatial, int64_t* to) {
+  if (static_cast<int>(from.size()) != spatial)
+    throw py::value_error("conv_pool: " + std::string(name) + " has " + std::to_string(from.size()) + " entries; " +
+                          std::to_string(spatial) + " are needed, one per spatial dimension.");
+  for (int axis = 0; axis < spatial; ++axis) to[3 - spatial + axis] = from[axis];
+}
+
+int32_t one_of(const char* name, const std::string& value, std::initializer_list<const char*> names) {
+  int32_t at = 0;
+  for (const char* candidate : names) {
+    if (value == candidate) return at;
+    ++at;
+  }
+  std::string allowed;
+  for (const char* candidate : names) allowed += (allowed.empty() ? "'" : ", '") + std::string(candidate) + "'";
+  throw py::value_error("conv_pool: " + std::string(name) + " is '" + value + "'; allowed are " + allowed + ".");
+}
+
+class ConvPoolDesc {
+ public:
+  ConvPoolDesc(int spatial, const std::string& dtype, bool channels_last, int64_t batch, int64_t in_channels,
+               int64_t out_channels, int64_t groups, const Sizes& input, const Sizes& kernel, const Sizes& stride,
+               const Sizes& padding, const Sizes& dilation, const Sizes& x_strides, const std::string& activation,
+               double negative_slope, const std::string& pool, const Sizes& pool_size, const Sizes& pool_stride,
+               const Sizes& pool_padding, bool ceil_mode, bool count_include_pad, const std::string& precision, bool save)
+      : spatial_(spatial) {
+    if (spatial < 1 || spatial > 3)
+      throw py::value_error("conv_pool: spatial is " + std::to_string(spatial) + "; 1, 2 and 3 dimensions are supported.");
+    if (static_cast<int>(padding.size()) != 2 * spatial)
+      throw py::value_error("conv_pool: padding has " + std::to_string(padding.size()) + " entries; " +
+                            std::to_string(2 * spatial) + " are needed, (low, high) per spatial dimension.");
+    if (x_strides.size() != 5)
+      throw py::value_error("conv_pool: x_strides has " + std::to_string(x_strides.size()) +
+                            " entries; 5 are needed: batch, channel, depth, height, width.");
+    interfuse_conv_pool_spec spec;
+    interfuse_conv_pool_defaults(&spec);
+    spec.dtype = one_of("dtype", dtype, {"float32", "bfloat16"});
+    spec.channels_last = channels_last;
+    spec.batch = batch, spec.in_channels = in_channels, spec.out_channels = out_channels, spec.groups = groups;
+    fill("input", input, spatial, spec.input);
+    fill("kernel", kernel, spatial, spec.kernel);
+    fill("stride", stride, spatial, spec.stride);
+    fill("dilation", dilation, spatial, spec.dilation);
+    for (int axis = 0; axis < spatial; ++axis) {
+      spec.padding_lo[3 - spatial + axis] = padding[2 * axis];
+      spec.padding_hi[3 - spatial + axis] = padding[2 * axis + 1];
+    }
+    for (int axis = 0; axis < 5; ++axis) spec.x_strides[axis] = x_strides[axis];
+    spec.activation = one_of("activation", activation,
+                             {"none", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"});
+    spec.negative_slope = static_cast<float>(negative_slope);
+    spec.pool = one_of("pool", pool, {"none", "max", "avg"});
+    if (spec.pool != INTERFUSE_POOL_NONE) {
+      fill("pool_size", pool_size, spatial, spec.pool_size);
+      fill("pool_stride", pool_stride, spatial, spec.pool_stride);
+      fill("pool_padding", pool_padding, spatial, spec.pool_padding);
+    }
+    spec.ceil_mode = ceil_mode, spec.count_include_pad = count_include_pad;
+    spec.precision = one_of("precision", precision, {"default", "highest"});
+    spec.save = save;
+    raise(interfuse_conv_pool_create(&spec, &plan_));
+  }
+  ~ConvPoolDesc() { interfuse_conv_pool_destroy(plan_); }
+  ConvPoolDesc(const ConvPoolDesc&) = delete;
+  ConvPoolDesc& operator=(const ConvPoolDesc&) = delete;
+
+  const interfuse_conv_pool* plan() const { return plan_; }
+  Sizes conv_sizes() const { return sizes().first; }
+  Sizes out_sizes() const { return sizes().second; }
+
+ private:
+  std::pair<Sizes, Sizes> sizes() const {
+    int64_t conv[3], out[3];
+    interfuse_conv_pool_sizes(plan_, conv, out);
+    return {Sizes(conv + 3 - spatial_, conv + 3), Sizes(out + 3 - spatial_, out + 3)};
+  }
+  int spatial_;
+  interfuse_conv_pool* plan_ = nullptr;
+};
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void conv_pool_forward(const ConvPoolDesc& desc, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y,
+                       uintptr_t index, uintptr_t pre, int threads) {
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_conv_pool_forward(desc.plan(), at<void>(x), at<void>(weight), at<void>(bias), at<void>(y),
+                                         at<uint8_t>(index), at<void>(pre), threads);
+  }
+  raise(status);
+}
+
+void conv_pool_backward(const ConvPoolDesc& desc, uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t y,
+                        uintptr_t index, uintptr_t pre, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias,
+                        int threads) {
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_conv_pool_backward(desc.plan(), at<void>(grad_y), at<void>(x), at<void>(weight), at<void>(y),
+                                          at<uint8_t>(index), at<void>(pre), at<void>(grad_x), at<void>(grad_weight),
+                                          at<void>(grad_bias), threads);
+  }
+  raise(status);
+}
+
+py::dict info() {
+  py::dict d;
+  d["version"] = interfuse_version();
+  d["isa"] = interfuse_isa();
+#if defined(INTERFUSE_HAVE_X86_ISAS)
+  d["isas"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
+#else
+  d["isas"] = std::vector<std::string>{"baseline"};
+#endif
+  d["compiler"] = std::string(INTERFUSE_COMPILER);
+  d["openmp"] = _OPENMP;
+#if defined(INTERFUSE_HAVE_CUDA)
+  d["cuda_built"] = true;
+#else
+  d["cuda_built"] = false;
+#endif
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "interfuse's native core, bound by pointers; use interfuse.ops instead.";
+  m.def("info", &info);
+  py::class_<ConvPoolDesc>(m, "ConvPoolDesc")
+      .def(py::init<int, const std::string&, bool, int64_t, int64_t, int64_t, int64_t, const Sizes&, const Sizes&,
+                    const Sizes&, const Sizes&, const Sizes&, const Sizes&, const std::string&, double,
+                    const std::string&, const Sizes&, const Sizes&, const Sizes&, bool, bool, const std::string&, bool>(),
+           py::arg("spatial"), py::arg("dtype"), py::arg("channels_last"), py::arg("batch"), py::arg("in_channels"),
+           py::arg("out_channels"), py::arg("groups"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
+           py::arg("padding"), py::arg("dilation"), py::arg("x_strides"), py::arg("activation"),
+           py::arg("negative_slope"), py::arg("pool"), py::arg("pool_size"), py::arg("pool_stride"),
+           py::arg("pool_padding"), py::arg("ceil_mode"), py::arg("count_include_pad"), py::arg("precision"),
+           py::arg("save"))
+      .def_property_readonly("conv_sizes", &ConvPoolDesc::conv_sizes)
+      .def_property_readonly("out_sizes", &ConvPoolDesc::out_sizes)
+      .def_property_readonly("algorithm", [](const ConvPoolDesc& d) { return interfuse_conv_pool_algorithm(d.plan()); })
+      .def_property_readonly("why", [](const ConvPoolDesc& d) { return interfuse_conv_pool_why(d.plan()); });
+  m.def("conv_pool_forward", &conv_pool_forward, py::arg("desc"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("y"), py::arg("index"), py::arg("pre"), py::arg("threads"));
+  m.def("conv_pool_backward", &conv_pool_backward, py::arg("desc"), py::arg("grad_y"), py::arg("x"), py::arg("weight"),
+        py::arg("y"), py::arg("index"), py::arg("pre"), py::arg("grad_x"), py::arg("grad_weight"),
+        py::arg("grad_bias"), py::arg("threads"));
+}

@@ -1,0 +1,87 @@
+// The checked conv_pool problem, as the kernels see it. Everything has three dimensions: (depth, height, width).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/isa.h"
+#include "interfuse.h"
+
+namespace interfuse {
+
+struct Triple {
+  int64_t d, h, w;
+  int64_t volume() const { return d * h * w; }
+};
+
+struct ConvPool {
+  int64_t batch, in_channels, out_channels, groups;
+  int64_t group_in, group_out;  // channels of one group
+  Triple in, kernel, stride, dilation, pad_lo, pad_hi;
+  Triple conv;  // the convolution's own size
+  Triple window, window_stride, window_pad;
+  Triple out;  // y's size; equals conv without pooling
+  struct {
+    int64_t n, c, d, h, w;
+  } xs;  // strides of x, in elements
+  int dtype, activation, pool;
+  float slope;
+  bool channels_last, ceil_mode, count_include_pad, highest, save;
+
+  int64_t y_count() const { return batch * out_channels * out.volume(); }
+  int64_t conv_count() const { return batch * out_channels * conv.volume(); }
+  // gelu and silu are not monotone and their slope does not follow from their value.
+  bool needs_preactivation() const {
+    return activation == INTERFUSE_GELU || activation == INTERFUSE_GELU_TANH || activation == INTERFUSE_SILU;
+  }
+  int64_t index_count() const { return save && pool == INTERFUSE_POOL_MAX ? y_count() : 0; }
+  int64_t pre_count() const {
+    if (!save || activation == INTERFUSE_NONE) return 0;
+    if (pool == INTERFUSE_POOL_AVG) return conv_count();
+    return needs_preactivation() ? y_count() : 0;
+  }
+  bool backward_reads_y() const {
+    if (pool == INTERFUSE_POOL_AVG) return false;
+    if (activation == INTERFUSE_RELU) return pool == INTERFUSE_POOL_NONE;
+    return activation == INTERFUSE_LEAKY_RELU || activation == INTERFUSE_TANH || activation == INTERFUSE_SIGMOID;
+  }
+};
+
+constexpr uint8_t kNoGradient = 255;  // in the index: relu let nothing through this window
+
+struct ConvPoolForward {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  void* y;
+  uint8_t* index;
+  void* pre;
+  int threads;
+};
+
+struct ConvPoolBackward {
+  const void* grad_y;
+  const void* x;
+  const void* weight;
+  const void* y;
+  const uint8_t* index;
+  const void* pre;
+  void* grad_x;
+  void* grad_weight;
+  void* grad_bias;
+  int threads;
+};
+
+// What one instruction set offers.
+struct ConvPoolKernels {
+  void (*direct)(const ConvPool&, const ConvPoolForward&);
+  void (*backward)(const ConvPool&, const ConvPoolBackward&);
+};
+
+#define INTERFUSE_DECLARE(isa) \
+  namespace isa {              \
+  extern const ConvPoolKernels conv_pool_kernels; \
+  }
+INTERFUSE_FOR_EACH_ISA(INTERFUSE_DECLARE)
+#undef INTERFUSE_DECLARE
+
+}  // namespace interfuse

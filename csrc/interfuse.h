@@ -1,0 +1,108 @@
+/* interfuse: fused kernels for multimodal models. The public C API; an embedder includes only this file.
+ *
+ * The library knows nothing of torch or Python: pointers, sizes and strides go in, results come out.
+ * Every function that can fail returns an interfuse_status; interfuse_last_error() then holds a full sentence
+ * (what was given, what is allowed, what to do), valid until the calling thread's next interfuse call.
+ * All functions may be called from several threads at once.
+ */
+#ifndef INTERFUSE_H
+#define INTERFUSE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define INTERFUSE_API __declspec(dllexport)
+#else
+#define INTERFUSE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum interfuse_status {
+  INTERFUSE_OK = 0,
+  INTERFUSE_INVALID = 1,      /* an argument breaks a rule that the message states */
+  INTERFUSE_OUT_OF_MEMORY = 2,
+  INTERFUSE_INTERNAL = 3
+} interfuse_status;
+
+typedef enum interfuse_dtype { INTERFUSE_FLOAT32 = 0, INTERFUSE_BFLOAT16 = 1 } interfuse_dtype;
+
+typedef enum interfuse_activation {
+  INTERFUSE_NONE = 0,
+  INTERFUSE_RELU = 1,
+  INTERFUSE_LEAKY_RELU = 2,
+  INTERFUSE_GELU = 3,
+  INTERFUSE_GELU_TANH = 4,
+  INTERFUSE_SILU = 5,
+  INTERFUSE_TANH = 6,
+  INTERFUSE_SIGMOID = 7
+} interfuse_activation;
+
+typedef enum interfuse_pool { INTERFUSE_POOL_NONE = 0, INTERFUSE_POOL_MAX = 1, INTERFUSE_POOL_AVG = 2 } interfuse_pool;
+
+typedef enum interfuse_precision {
+  INTERFUSE_PRECISION_DEFAULT = 0, /* Winograd allowed: relative error below 1e-5 in float32 */
+  INTERFUSE_PRECISION_HIGHEST = 1  /* sums of products only */
+} interfuse_precision;
+
+INTERFUSE_API const char* interfuse_version(void);
+/* The instruction set that was chosen at load ("baseline", "avx2", "avx512"); the environment variable
+ * INTERFUSE_ISA, read once, forces a lower one. */
+INTERFUSE_API const char* interfuse_isa(void);
+INTERFUSE_API const char* interfuse_last_error(void);
+
+/* ---- conv_pool: pool(activation(convolution(x, weight) + bias)) in one, two or three dimensions ------------- */
+
+/* Arrays of three are (depth, height, width). Fewer dimensions fill from the right, and the unused ones keep
+ * size 1, kernel 1, stride 1, dilation 1, padding 0: interfuse_conv_pool_defaults() sets them so. */
+typedef struct interfuse_conv_pool_spec {
+  int32_t dtype;         /* interfuse_dtype of every tensor but the index */
+  int32_t channels_last; /* 0: x has unit stride along width; 1: along channels. The outputs follow. */
+  int64_t batch, in_channels, out_channels, groups;
+  int64_t input[3], kernel[3], stride[3], dilation[3], padding_lo[3], padding_hi[3];
+  int64_t x_strides[5]; /* of (batch, channel, depth, height, width), in elements; all zero means dense */
+  int32_t activation;   /* interfuse_activation */
+  float negative_slope; /* of leaky_relu */
+  int32_t pool;         /* interfuse_pool */
+  int64_t pool_size[3], pool_stride[3], pool_padding[3];
+  int32_t ceil_mode, count_include_pad;
+  int32_t precision; /* interfuse_precision */
+  int32_t save;      /* 1: forward also writes what backward needs */
+} interfuse_conv_pool_spec;
+
+typedef struct interfuse_conv_pool interfuse_conv_pool; /* a checked problem with its kernel chosen */
+
+INTERFUSE_API void interfuse_conv_pool_defaults(interfuse_conv_pool_spec* spec);
+INTERFUSE_API interfuse_status interfuse_conv_pool_create(const interfuse_conv_pool_spec* spec,
+                                                          interfuse_conv_pool** plan);
+INTERFUSE_API void interfuse_conv_pool_destroy(interfuse_conv_pool* plan);
+
+/* Sizes of the convolution's result and of y, as (depth, height, width). */
+INTERFUSE_API void interfuse_conv_pool_sizes(const interfuse_conv_pool* plan, int64_t conv[3], int64_t out[3]);
+/* Elements that forward writes to index and to pre; 0 where the plan needs none. */
+INTERFUSE_API void interfuse_conv_pool_saved(const interfuse_conv_pool* plan, int64_t* index, int64_t* pre);
+/* Which kernel runs, and a sentence on why it and not a faster one. */
+INTERFUSE_API const char* interfuse_conv_pool_algorithm(const interfuse_conv_pool* plan);
+INTERFUSE_API const char* interfuse_conv_pool_why(const interfuse_conv_pool* plan);
+
+/* x as the plan's strides say; weight (out_channels, in_channels / groups, kernel...) and bias (or NULL) dense;
+ * y, index and pre dense in x's layout. index and pre may be NULL where interfuse_conv_pool_saved says 0.
+ * threads: at most so many; 0 means OpenMP's own default. */
+INTERFUSE_API interfuse_status interfuse_conv_pool_forward(const interfuse_conv_pool* plan, const void* x,
+                                                           const void* weight, const void* bias, void* y,
+                                                           uint8_t* index, void* pre, int32_t threads);
+
+/* The gradients asked for (NULL: not wanted) from what a forward with save = 1 left. y is read where the gradient
+ * of the activation follows from its value (relu without pooling, leaky_relu, tanh, sigmoid) and may be NULL
+ * elsewhere. grad_x is dense in x's layout; grad_weight and grad_bias are as weight and bias. */
+INTERFUSE_API interfuse_status interfuse_conv_pool_backward(const interfuse_conv_pool* plan, const void* grad_y,
+                                                            const void* x, const void* weight, const void* y,
+                                                            const uint8_t* index, const void* pre, void* grad_x,
+                                                            void* grad_weight, void* grad_bias, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
