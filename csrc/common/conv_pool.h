@@ -46,6 +46,9 @@ struct ConvPool {
   }
 };
 
+// Throws Invalid with a full sentence where the spec breaks a rule.
+ConvPool checked_conv_pool(const interfuse_conv_pool_spec& spec);
+
 constexpr uint8_t kNoGradient = 255;  // in the index: relu let nothing through this window
 
 struct ConvPoolForward {
