@@ -18,33 +18,28 @@ if(INTERFUSE_SANITIZE)
   target_link_options(interfuse_flags INTERFACE ${sanitizer_flags})
 endif()
 
-if(INTERFUSE_OPENMP)
-  # GCC links libgomp by its plain soname. torch loads a library of that soname too, so both share one pool of
-  # threads; a second runtime (libomp, or a bundled copy) would spin on the same cores.
-  find_package(OpenMP REQUIRED COMPONENTS CXX)
-  if(CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND NOT APPLE)
-    message(WARNING "Clang links libomp, a second OpenMP runtime beside the libgomp of torch on Linux: both spin "
-                    "on the same cores and slow each other down. Set CXX=g++ or -DINTERFUSE_OPENMP=OFF.")
-  endif()
+# GCC links libgomp by its plain soname. torch loads a library of that soname too, so both share one pool of threads;
+# a second runtime (libomp, or a bundled copy) would spin on the same cores.
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND NOT APPLE)
+  message(WARNING "Clang links libomp, a second OpenMP runtime beside the libgomp of torch on Linux: both spin on the "
+                  "same cores and slow each other down. Set CXX=g++ for a build that shares a process with torch.")
 endif()
 
+set(INTERFUSE_ISAS baseline)
+set(isa_flags_baseline)
+set(isa_definitions)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(INTERFUSE_ISAS baseline avx2 avx512)
   # -march=x86-64 overrides a -march=native from the environment: the baseline must run everywhere.
   set(isa_flags_baseline -march=x86-64)
-  set(isa_flags_avx2 -march=x86-64 -mavx2 -mfma -mf16c)
-  set(isa_flags_avx512 -march=x86-64 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
-                       -mprefer-vector-width=512)
-else()
-  set(INTERFUSE_ISAS baseline)
-  set(isa_flags_baseline)
+  if(INTERFUSE_X86_ISAS)
+    list(APPEND INTERFUSE_ISAS avx2 avx512)
+    set(isa_flags_avx2 -march=x86-64 -mavx2 -mfma -mf16c)
+    set(isa_flags_avx512 -march=x86-64 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
+                         -mprefer-vector-width=512)
+    set(isa_definitions INTERFUSE_HAVE_X86_ISAS=1)
+  endif()
 endif()
-
-set(isa_definitions)
-foreach(isa IN LISTS INTERFUSE_ISAS)
-  string(TOUPPER ${isa} upper)
-  list(APPEND isa_definitions INTERFUSE_HAVE_${upper}=1)
-endforeach()
 
 set(core_objects)
 if(common_sources)
@@ -60,7 +55,7 @@ if(kernel_sources)
     target_link_libraries(interfuse_cpu_${isa} PRIVATE interfuse_flags)
     target_compile_definitions(interfuse_cpu_${isa} PRIVATE INTERFUSE_ISA=${isa} ${isa_definitions})
     # Neither flag changes a value; both let loops with comparisons and sqrt become vector code.
-    target_compile_options(interfuse_cpu_${isa} PRIVATE ${isa_flags_${isa}} -O3 -ffp-contract=fast
+    target_compile_options(interfuse_cpu_${isa} PRIVATE ${isa_flags_${isa}} -ffp-contract=fast
                                                         -fno-math-errno -fno-trapping-math)
     list(APPEND core_objects interfuse_cpu_${isa})
   endforeach()
@@ -74,15 +69,10 @@ endif()
 set(core_object_files)
 foreach(target IN LISTS core_objects)
   list(APPEND core_object_files $<TARGET_OBJECTS:${target}>)
-  if(INTERFUSE_OPENMP)
-    target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
-  endif()
+  target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
 endforeach()
 find_package(Threads REQUIRED)
-set(core_link_libraries Threads::Threads)
-if(INTERFUSE_OPENMP)
-  list(APPEND core_link_libraries OpenMP::OpenMP_CXX)
-endif()
+set(core_link_libraries Threads::Threads OpenMP::OpenMP_CXX)
 
 if(NOT SKBUILD)
   add_library(interfuse ${core_object_files})

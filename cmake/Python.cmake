@@ -1,4 +1,5 @@
-# interfuse._native: the binding and the core in one module. torch is not needed to build it.
+# interfuse._native, for wheels and editable installs: the binding and the core in one module. torch is not needed
+# to build it.
 
 if(NOT EXISTS "${PROJECT_SOURCE_DIR}/csrc/bind.cpp")
   message(STATUS "interfuse: no csrc/bind.cpp yet, the module _native is not built")
@@ -17,16 +18,12 @@ find_package(pybind11 CONFIG REQUIRED HINTS "${pybind11_hint}")
 pybind11_add_module(_native MODULE NO_EXTRAS csrc/bind.cpp ${core_object_files})
 target_link_libraries(_native PRIVATE interfuse_flags ${core_link_libraries})
 target_compile_options(_native PRIVATE ${isa_flags_baseline})
-target_compile_definitions(_native PRIVATE ${isa_definitions})
-if(INTERFUSE_CUDA_BUILT)
-  target_compile_definitions(_native PRIVATE INTERFUSE_CUDA_BUILT=1)
-endif()
+target_compile_definitions(_native PRIVATE ${isa_definitions} $<$<BOOL:${INTERFUSE_CUDA_BUILT}>:INTERFUSE_HAVE_CUDA=1>
+                           INTERFUSE_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   # Only the module's entry point is visible: a process may also hold libinterfuse.so of another version.
   set(version_script "${PROJECT_SOURCE_DIR}/cmake/native.map")
   target_link_options(_native PRIVATE "-Wl,--version-script=${version_script}")
   set_target_properties(_native PROPERTIES LINK_DEPENDS "${version_script}")
 endif()
-if(SKBUILD)
-  install(TARGETS _native LIBRARY DESTINATION interfuse)
-endif()
+install(TARGETS _native LIBRARY DESTINATION interfuse)
