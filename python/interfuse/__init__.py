@@ -1,3 +1,10 @@
-"""Fused kernels for multimodal models: native on the CPU and the GPU, behind a thin PyTorch API."""
+"""interfuse: fused kernels for multimodal models, behind torch's own interfaces."""
+
+import torch  # noqa: F401  (first: its OpenMP runtime is the one that the native core then shares)
+
+from interfuse import nn, ops
+from interfuse.numerics import get_precision, precision, set_precision
 
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "get_precision", "nn", "ops", "precision", "set_precision"]

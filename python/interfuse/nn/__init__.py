@@ -1,0 +1,1 @@
+"""Modules with torch.nn's signatures and state_dict."""

@@ -1,0 +1,5 @@
+"""The public functions. Importing this package registers the ops `torch.ops.interfuse.*`."""
+
+from interfuse.ops.conv_pool import conv_pool
+
+__all__ = ["conv_pool"]

@@ -1,0 +1,162 @@
+"""conv_pool: convolution, bias, activation and pooling as one op.
+
+From top to bottom: the public function, the table of implementations, the registered ops and their fake
+kernels. Autograd and vmap stand in conv_pool_transforms.py, sizes and errors in conv_pool_problem.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from interfuse import numerics
+from interfuse.dispatch import Implementation, choose
+from interfuse.ops import conv_pool_native as native
+from interfuse.ops import conv_pool_transforms as transforms
+from interfuse.ops import conv_pool_triton as triton
+from interfuse.ops.conv_pool_problem import (
+    ConvPoolParams,
+    IntOrInts,
+    check,
+    check_batched,
+    check_saved,
+    empty_gradients,
+    empty_outputs,
+    fail,
+    resolve,
+)
+from interfuse.reference import conv_pool as reference
+
+# In order of preference; the reference runs everything.
+IMPLEMENTATIONS = (
+    Implementation("native", native.why_not, native.run, native.run_backward),
+    Implementation("triton", triton.why_not, triton.run, triton.run_backward),
+    Implementation("reference", lambda problem: None, reference.run, reference.run_backward),
+)
+
+
+def conv_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrInts = 1,
+    padding: str | IntOrInts = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    pool: str | None = None,
+    pool_size: IntOrInts = 2,
+    pool_stride: IntOrInts | None = None,
+    pool_padding: IntOrInts = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """pool(activation(conv(input, weight) + bias)), in 1, 2 or 3 dimensions after the weight's shape.
+
+    Every argument means what it means in torch's convNd, activation and pooling functions; the result is
+    theirs up to rounding, with the first maximum winning a tie.
+
+    Args:
+        input: (batch, channels, *sizes), or (channels, *sizes) without a batch.
+        weight: (out_channels, channels / groups, *kernel).
+        bias: (out_channels,) or None.
+        padding: numbers, "same" (with stride 1) or "valid".
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        activation: None, "relu", "leaky_relu" (with negative_slope), "gelu", "gelu_tanh", "silu", "tanh" or
+            "sigmoid".
+        pool: None, "max" or "avg", with pool_size, pool_stride (None: pool_size), pool_padding, ceil_mode and,
+            for "avg", count_include_pad.
+        backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the call
+            raises its reason.
+    """
+    check_batched(input, weight, padding_mode)
+    batched = input.dim() == weight.dim()
+    x = input if batched else input.unsqueeze(0)
+    params = resolve(
+        tuple(weight.shape[2:]), stride, padding, dilation, groups, activation, negative_slope, pool, pool_size,
+        pool_stride, pool_padding, ceil_mode, count_include_pad, numerics.get_precision(), backend)
+    if padding_mode != "zeros":
+        x, params = pad_by_mode(x, params, padding_mode)
+    x, weight, bias = autocast(x, weight, bias)
+    y = torch.ops.interfuse.conv_pool.default(x, weight, bias, *params.as_args(), False)[0]
+    return y if batched else y.squeeze(0)
+
+
+def pad_by_mode(x: Tensor, params: ConvPoolParams, mode: str) -> tuple[Tensor, ConvPoolParams]:
+    """Padding other than with zeros happens before the op, as in torch."""
+    pads = params.padding
+    for d in range(params.spatial):
+        most = {"reflect": x.shape[2 + d] - 1, "circular": x.shape[2 + d]}.get(mode)
+        if most is not None and max(pads[2 * d], pads[2 * d + 1]) > most:
+            raise fail(
+                f"padding_mode {mode!r} pads at most {most} for {x.shape[2 + d]} elements (spatial dimension {d}); "
+                f"got padding {pads[2 * d:2 * d + 2]}. Use a smaller padding or padding_mode 'zeros'.")
+    sides = [side for d in reversed(range(params.spatial)) for side in pads[2 * d:2 * d + 2]]
+    return F.pad(x, sides, mode=mode), replace(params, padding=(0, 0) * params.spatial)
+
+
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast, what torch's convolutions do: lower-precision floats, float64 left alone."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    problem = check(x, weight, bias, transforms.params_of(args), bool(args[-1]))
+    implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
+    return implementation.run(problem, x, weight, bias)
+
+
+def _run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, index: Tensor,
+                  pre: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    problem = check(x, weight, bias, transforms.params_of(args), True)
+    check_saved(problem, grad_y, y, index, pre)
+    implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
+    return implementation.run_backward(problem, grad_y, x, weight, bias, y, index, pre, args[-1])
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_outputs(check(x, weight, bias, transforms.params_of(args), bool(args[-1])))
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, index: Tensor,
+                   pre: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    problem = check(x, weight, bias, transforms.params_of(args), True)
+    check_saved(problem, grad_y, y, index, pre)
+    return empty_gradients(problem, x, weight, args[-1])
+
+
+_PARAMETERS = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, float negative_slope, "
+    "str pool, SymInt[] pool_size, SymInt[] pool_stride, SymInt[] pool_padding, bool ceil_mode, "
+    "bool count_include_pad, str precision, str backend")
+
+_library = torch.library.Library("interfuse", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    f"conv_pool(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}, bool save) "
+    "-> (Tensor y, Tensor index, Tensor pre)", tags=_tags)
+_library.define(
+    f"conv_pool_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor index, Tensor pre, "
+    f"{_PARAMETERS}, bool[3] mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", tags=_tags)
+_library.impl("conv_pool", _run, "CompositeExplicitAutograd")
+_library.impl("conv_pool_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("interfuse::conv_pool", _fake, lib=_library)
+torch.library.register_fake("interfuse::conv_pool_backward", _fake_backward, lib=_library)
+_OPS = (torch.ops.interfuse.conv_pool.default, torch.ops.interfuse.conv_pool_backward.default)
+transforms.register_autograd(_library, *_OPS)
+transforms.register_vmap(_library, *_OPS)

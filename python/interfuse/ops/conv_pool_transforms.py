@@ -1,0 +1,210 @@
+"""How autograd, forward-mode differentiation and vmap see the registered conv_pool ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from interfuse.ops.conv_pool_problem import PARAM_NAMES, ConvPoolParams
+from interfuse.reference import conv_pool as reference
+
+_COUNT = len(PARAM_NAMES)
+
+
+def params_of(args: Sequence[Any]) -> ConvPoolParams:
+    """The parameters from the op's arguments; the dispatcher hands lists."""
+    return ConvPoolParams(*(tuple(a) if isinstance(a, list) else a for a in args[:_COUNT]))
+
+
+def _forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether one of them carries a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _redispatch(op: Any, keyset: Any, *args: Any) -> Any:
+    """The same op below autograd, as torch.library's own autograd kernels call it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._are_functorch_transforms_active():
+            # A Function's forward runs without grad; the outer functorch levels, which come next, need it.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """function.apply for the functorch level that the dispatcher is at.
+
+    An autograd.Function normally runs before the dispatcher and walks through all functorch levels itself.
+    Inside an autograd kernel the dispatcher does that walk, hence the single-level form.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
+
+
+class _Forward(_SingleLevelFunction):
+    """conv_pool with what its backward needs saved, whether or not the caller asked for that."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, save: bool,
+                args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        params = params_of(args)
+        y, index, pre = _redispatch(op, keyset, x, weight, bias, *args, True)
+        ctx.save_for_backward(x, weight, bias, y if params.backward_needs_y else None, index, pre)
+        ctx.args = args
+        ctx.set_materialize_grads(False)
+        outputs = (y, index, pre) if save else (y, torch.empty_like(index[:0]), torch.empty_like(pre[:0]))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 7
+        x, weight, bias, y, index, pre = ctx.saved_tensors
+        mask = [bool(needed) for needed in ctx.needs_input_grad[2:5]]
+        grads = torch.ops.interfuse.conv_pool_backward.default(
+            grad_y, x, weight, bias, y, index, pre, *ctx.args, mask)
+        grads = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+        return (None, None, *grads, None, None)
+
+
+class _Backward(_SingleLevelFunction):
+    """The backward op, whose own derivative is that of the reference's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grads = _redispatch(op, keyset, grad_y, x, weight, bias, *rest)
+        ctx.save_for_backward(grad_y, x, weight, bias)
+        ctx.params, ctx.mask = params_of(rest[3:]), rest[-1]
+        ctx.set_materialize_grads(False)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        grad_y, x, weight, bias = ctx.saved_tensors
+        wanted = [g is not None and asked for g, asked in zip(grads, ctx.mask, strict=True)]
+        nothing = (None,) * (len(ctx.needs_input_grad) - 6)
+        if not any(wanted):
+            return (None,) * len(ctx.needs_input_grad)
+
+        def gradients(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+            results = reference.backward(grad_y, x, weight, bias, ctx.params, wanted)
+            return tuple(g for g, want in zip(results, wanted, strict=True) if want and g is not None)
+
+        inputs = (grad_y, x, weight) if bias is None else (grad_y, x, weight, bias)
+        _, vjp = torch.func.vjp(gradients, *inputs)
+        second = vjp(tuple(g for g, want in zip(grads, wanted, strict=True) if want))
+        second = (*second, None) if bias is None else second
+        return (None, None, *second, *nothing)
+
+
+def autograd_kernel(op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+                    *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _forward_mode(x, weight, bias):
+        y = reference.forward(x, weight, bias, params_of(args))
+        return (y, *(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.uint8, x.dtype)))
+    if _wants_grad(x, weight, bias):
+        return _apply(_Forward, op, keyset, x, weight, bias, args[-1], args[:-1])
+    return _redispatch(op, keyset, x, weight, bias, *args)
+
+
+def autograd_kernel_backward(op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                             *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _forward_mode(grad_y, x, weight, bias):
+        mask = rest[-1]
+        grads = reference.backward(grad_y, x, weight, bias, params_of(rest[3:]), mask)
+        empty = torch.empty(0, dtype=x.dtype, device=x.device)
+        return tuple(empty if g is None else g for g in grads)
+    if _wants_grad(grad_y, x, weight, bias):
+        return _apply(_Backward, op, keyset, grad_y, x, weight, bias, *rest)
+    return _redispatch(op, keyset, grad_y, x, weight, bias, *rest)
+
+
+def register_autograd(library: torch.library.Library, op: Any, backward_op: Any) -> None:
+    library.impl("conv_pool", partial(autograd_kernel, op), "Autograd", with_keyset=True)
+    library.impl("conv_pool_backward", partial(autograd_kernel_backward, backward_op), "Autograd", with_keyset=True)
+
+
+# vmap. The mapped dimension goes into the batch where only x is mapped; otherwise into the channels, with
+# that many times the groups, so that every sample meets its own weight in one call of the op.
+
+
+def _front(t: Tensor, dim: int | None, count: int) -> Tensor:
+    """t with the mapped dimension first, repeated without a copy where t is not mapped."""
+    return t.unsqueeze(0).expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _into_batch(t: Tensor, dim: int | None, count: int) -> Tensor:
+    return _front(t, dim, count).flatten(0, 1)
+
+
+def _into_channels(t: Tensor, dim: int | None, count: int) -> Tensor:
+    """(B, N, C, ...) as (N, B * C, ...)."""
+    return _front(t, dim, count).movedim(0, 1).flatten(1, 2)
+
+
+def _split(t: Tensor, axis: int, count: int) -> tuple[Tensor, int | None]:
+    """A result's mapped dimension out of its batch (axis 0) or channels (axis 1); unused results are (0,)."""
+    return (t, None) if t.dim() == 1 else (t.unflatten(axis, (count, -1)), axis)
+
+
+def _vmap_forward(op: Any, info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None,
+                  *args: Any) -> tuple[Any, Any]:
+    count, (x_dim, w_dim, b_dim) = info.batch_size, in_dims[:3]
+    if w_dim is None and b_dim is None:
+        results, axis = op(_into_batch(x, x_dim, count), weight, bias, *args), 0
+    else:
+        params = params_of(args)
+        results, axis = op(
+            _into_channels(x, x_dim, count), _into_batch(weight, w_dim, count),
+            None if bias is None else _into_batch(bias, b_dim, count),
+            *replace(params, groups=params.groups * count).as_args(), args[-1]), 1
+    pairs = [_split(t, axis, count) for t in results]
+    return tuple(t for t, _ in pairs), tuple(dim for _, dim in pairs)
+
+
+def _vmap_backward(op: Any, info: Any, in_dims: tuple[Any, ...], grad_y: Tensor, x: Tensor, weight: Tensor,
+                   bias: Tensor | None, y: Tensor | None, index: Tensor, pre: Tensor, *args: Any) -> tuple[Any, Any]:
+    count, mask = info.batch_size, args[-1]
+    g_dim, x_dim, w_dim, b_dim, y_dim, index_dim, pre_dim = in_dims[:7]
+    params = params_of(args)
+    batched = w_dim is None and b_dim is None and not mask[1] and not mask[2]
+    fold: Callable[[Tensor, int | None, int], Tensor] = _into_batch if batched else _into_channels
+
+    def saved(t: Tensor, dim: int | None) -> Tensor:
+        return t if t.dim() - (dim is not None) == 1 else fold(t, dim, count)
+
+    if not batched:
+        weight = _into_batch(weight, w_dim, count)
+        bias = None if bias is None else _into_batch(bias, b_dim, count)
+        params = replace(params, groups=params.groups * count)
+    grad_x, grad_weight, grad_bias = op(
+        fold(grad_y, g_dim, count), fold(x, x_dim, count), weight, bias,
+        None if y is None else fold(y, y_dim, count), saved(index, index_dim), saved(pre, pre_dim),
+        *params.as_args(), mask)
+    pairs = [_split(grad_x, 0 if batched else 1, count) if mask[0] else (grad_x, None)]
+    for grad, asked in ((grad_weight, mask[1]), (grad_bias, mask[2])):
+        pairs.append((grad.unflatten(0, (count, -1)), 0) if asked else (grad, None))
+    return tuple(t for t, _ in pairs), tuple(dim for _, dim in pairs)
+
+
+def register_vmap(library: torch.library.Library, op: Any, backward_op: Any) -> None:
+    torch.library.register_vmap("interfuse::conv_pool", partial(_vmap_forward, op), lib=library)
+    torch.library.register_vmap("interfuse::conv_pool_backward", partial(_vmap_backward, backward_op), lib=library)

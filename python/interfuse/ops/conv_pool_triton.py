@@ -1,0 +1,37 @@
+"""The Triton kernels as an implementation of conv_pool. triton itself is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from interfuse.ops.conv_pool_problem import ConvPoolProblem, fused_why_not
+
+
+def why_not(problem: ConvPoolProblem) -> str | None:
+    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels run on a GPU (or under TRITON_INTERPRET=1); the tensors are on the CPU."
+    if find_spec("triton") is None:
+        return "the package triton is not installed."
+    reason = fused_why_not(problem)
+    if reason is not None:
+        return reason
+    from interfuse.kernels import conv_pool as kernels
+
+    return kernels.why_not(problem)
+
+
+def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    from interfuse.kernels import conv_pool as kernels
+
+    return kernels.forward(x, weight, bias, problem.params, problem.save)
+
+
+def run_backward(problem: ConvPoolProblem, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                 y: Tensor | None, index: Tensor, pre: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    from interfuse.kernels import conv_pool as kernels
+
+    return kernels.backward(grad_y, x, weight, y, index, pre, bias is not None, problem.params, tuple(mask))
