@@ -39,7 +39,7 @@ IMPLEMENTATIONS = (
 
 
 def conv_pool(
-    input: Tensor,
+    input: Tensor,  # noqa: A002
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrInts = 1,
@@ -69,19 +69,33 @@ def conv_pool(
         bias: (out_channels,) or None.
         padding: numbers, "same" (with stride 1) or "valid".
         padding_mode: "zeros", "reflect", "replicate" or "circular".
-        activation: None, "relu", "leaky_relu" (with negative_slope), "gelu", "gelu_tanh", "silu", "tanh" or
-            "sigmoid".
-        pool: None, "max" or "avg", with pool_size, pool_stride (None: pool_size), pool_padding, ceil_mode and,
-            for "avg", count_include_pad.
-        backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the call
-            raises its reason.
+        activation: None, "relu", "leaky_relu" (with negative_slope), "gelu", "gelu_tanh", "silu", "tanh"
+            or "sigmoid".
+        pool: None, "max" or "avg", with pool_size, pool_stride (None: pool_size), pool_padding, ceil_mode
+            and, for "avg", count_include_pad.
+        backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the
+            call raises its reason.
     """
     check_batched(input, weight, padding_mode)
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
     params = resolve(
-        tuple(weight.shape[2:]), stride, padding, dilation, groups, activation, negative_slope, pool, pool_size,
-        pool_stride, pool_padding, ceil_mode, count_include_pad, numerics.get_precision(), backend)
+        tuple(weight.shape[2:]),
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        negative_slope,
+        pool,
+        pool_size,
+        pool_stride,
+        pool_padding,
+        ceil_mode,
+        count_include_pad,
+        numerics.get_precision(),
+        backend,
+    )
     if padding_mode != "zeros":
         x, params = pad_by_mode(x, params, padding_mode)
     x, weight, bias = autocast(x, weight, bias)
@@ -96,9 +110,10 @@ def pad_by_mode(x: Tensor, params: ConvPoolParams, mode: str) -> tuple[Tensor, C
         most = {"reflect": x.shape[2 + d] - 1, "circular": x.shape[2 + d]}.get(mode)
         if most is not None and max(pads[2 * d], pads[2 * d + 1]) > most:
             raise fail(
-                f"padding_mode {mode!r} pads at most {most} for {x.shape[2 + d]} elements (spatial dimension {d}); "
-                f"got padding {pads[2 * d:2 * d + 2]}. Use a smaller padding or padding_mode 'zeros'.")
-    sides = [side for d in reversed(range(params.spatial)) for side in pads[2 * d:2 * d + 2]]
+                f"padding_mode {mode!r} pads at most {most} for {x.shape[2 + d]} elements (spatial dimension "
+                f"{d}); got padding {pads[2 * d : 2 * d + 2]}. Use a smaller padding or padding_mode 'zeros'."
+            )
+    sides = [side for d in reversed(range(params.spatial)) for side in pads[2 * d : 2 * d + 2]]
     return F.pad(x, sides, mode=mode), replace(params, padding=(0, 0) * params.spatial)
 
 
@@ -121,8 +136,16 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tuple
     return implementation.run(problem, x, weight, bias)
 
 
-def _run_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, index: Tensor,
-                  pre: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+def _run_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = check(x, weight, bias, transforms.params_of(args), True)
     check_saved(problem, grad_y, y, index, pre)
     implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
@@ -133,26 +156,39 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tupl
     return empty_outputs(check(x, weight, bias, transforms.params_of(args), bool(args[-1])))
 
 
-def _fake_backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, index: Tensor,
-                   pre: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = check(x, weight, bias, transforms.params_of(args), True)
     check_saved(problem, grad_y, y, index, pre)
     return empty_gradients(problem, x, weight, args[-1])
 
 
 _PARAMETERS = (
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, float negative_slope, "
-    "str pool, SymInt[] pool_size, SymInt[] pool_stride, SymInt[] pool_padding, bool ceil_mode, "
-    "bool count_include_pad, str precision, str backend")
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, "
+    "float negative_slope, str pool, SymInt[] pool_size, SymInt[] pool_stride, SymInt[] pool_padding, "
+    "bool ceil_mode, bool count_include_pad, str precision, str backend"
+)
 
 _library = torch.library.Library("interfuse", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
     f"conv_pool(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}, bool save) "
-    "-> (Tensor y, Tensor index, Tensor pre)", tags=_tags)
+    "-> (Tensor y, Tensor index, Tensor pre)",
+    tags=_tags,
+)
 _library.define(
-    f"conv_pool_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor index, Tensor pre, "
-    f"{_PARAMETERS}, bool[3] mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", tags=_tags)
+    f"conv_pool_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor index, "
+    f"Tensor pre, {_PARAMETERS}, bool[3] mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    tags=_tags,
+)
 _library.impl("conv_pool", _run, "CompositeExplicitAutograd")
 _library.impl("conv_pool_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("interfuse::conv_pool", _fake, lib=_library)

@@ -1,13 +1,152 @@
-"""The compiled core as an implementation of conv_pool."""
+"""The compiled core as an implementation of conv_pool, and the short way to it in eager inference."""
 
 from __future__ import annotations
 
-from interfuse.ops.conv_pool_problem import ConvPoolProblem
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interfuse import _native
+from interfuse.bounded_cache import BoundedCache
+from interfuse.ops.conv_pool_problem import (
+    ConvPoolProblem,
+    Three,
+    empty_gradients,
+    empty_outputs,
+    fused_why_not,
+    memory_format,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_LARGEST_SIZE = 2**31 - 1
 
 
 def why_not(problem: ConvPoolProblem) -> str | None:
-    return "the native core is not built yet."
+    if problem.device.type != "cpu":
+        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
+    if max(*problem.input, *problem.params.padding, *problem.params.dilation) > _LARGEST_SIZE:
+        return f"the native kernels take sizes up to {_LARGEST_SIZE}; the input's are {problem.input}."
+    return fused_why_not(problem)
 
 
-def run(*args): raise NotImplementedError
-def run_backward(*args): raise NotImplementedError
+def describe(problem: ConvPoolProblem) -> tuple[str, str]:
+    """The kernel that the core would run, and its reason for that one."""
+    desc = _describe(problem, _dense_strides(problem))
+    return desc.algorithm, desc.why
+
+
+def _dense_strides(problem: ConvPoolProblem) -> tuple[int, ...]:
+    shape = (problem.batch, problem.in_channels, *problem.input)
+    return torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride()
+
+
+def _describe(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
+    p, spatial = problem.params, problem.spatial
+    return _native.ConvPoolDesc(
+        spatial=spatial,
+        dtype=_DTYPE_NAMES[problem.dtype],
+        channels_last=problem.channels_last,
+        batch=problem.batch,
+        in_channels=problem.in_channels,
+        out_channels=problem.out_channels,
+        groups=p.groups,
+        input=problem.input,
+        kernel=problem.kernel,
+        stride=p.stride,
+        padding=p.padding,
+        dilation=p.dilation,
+        x_strides=[*strides[:2], *[0] * (3 - spatial), *strides[2:]],
+        activation=p.activation,
+        negative_slope=p.negative_slope,
+        pool=p.pool,
+        pool_size=p.pool_size,
+        pool_stride=p.pool_stride,
+        pool_padding=p.pool_padding,
+        ceil_mode=p.ceil_mode,
+        count_include_pad=p.count_include_pad,
+        precision=p.precision,
+        save=problem.save,
+    )
+
+
+def _readable(problem: ConvPoolProblem, x: Tensor) -> bool:
+    """Whether the core takes x's strides as they are: unit stride along its innermost axis."""
+    axis = 1 if problem.channels_last else -1
+    return x.shape[axis] == 1 or x.stride(axis) == 1
+
+
+_descs: BoundedCache[_native.ConvPoolDesc] = BoundedCache(512)
+
+
+def _prepare(problem: ConvPoolProblem, x: Tensor) -> tuple[Tensor, _native.ConvPoolDesc]:
+    """x in a layout that the core reads, and the core's plan for it."""
+    if not _readable(problem, x):
+        x = x.contiguous(memory_format=memory_format(problem))
+    key = (problem, x.stride())
+    return x, _descs.get(key) or _descs.put(key, _describe(problem, x.stride()))
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Three:
+    y, index, pre = empty_outputs(problem)
+    if problem.batch == 0:
+        return y, index, pre
+    x, desc = _prepare(problem, x)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _native.conv_pool_forward(
+        desc,
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        y.data_ptr(),
+        index.data_ptr(),
+        pre.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, index, pre
+
+
+def run_backward(
+    problem: ConvPoolProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    mask: Sequence[bool],
+) -> Three:
+    grads = empty_gradients(problem, x, weight, mask)
+    if problem.batch == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    x, desc = _prepare(problem, x)
+    form = memory_format(problem)
+    grad_y, weight = grad_y.contiguous(memory_format=form), weight.contiguous()
+    y = y.contiguous(memory_format=form) if y is not None and problem.params.backward_needs_y else None
+    index, pre = (t.contiguous(memory_format=form) if t.dim() > 1 else t for t in (index, pre))
+    grad_x, grad_weight, grad_bias = grads
+    _native.conv_pool_backward(
+        desc,
+        grad_y.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(y),
+        index.data_ptr(),
+        pre.data_ptr(),
+        grad_x.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grads

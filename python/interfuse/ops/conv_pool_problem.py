@@ -27,6 +27,7 @@ NEEDS_PREACTIVATION = ("gelu", "gelu_tanh", "silu")
 LARGEST_INDEXED_WINDOW = 255
 
 IntOrInts = int | Sequence[int]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class ConvPoolParams:
 PARAM_NAMES = tuple(field.name for field in fields(ConvPoolParams))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvPoolProblem:
-    """A checked call: what an implementation's `why_not` looks at."""
+    """A checked call: what an implementation's `why_not` looks at. Caches are keyed by its identity."""
 
     params: ConvPoolParams
     batch: int
@@ -133,8 +134,9 @@ def as_ints(name: str, value: object, count: int) -> tuple[int, ...]:
     )
 
 
-def as_padding(value: object, kernel: tuple[int, ...], stride: tuple[int, ...],
-               dilation: tuple[int, ...]) -> tuple[int, ...]:
+def as_padding(
+    value: object, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...]:
     """(lo0, hi0, lo1, hi1, ...) from a number, one number per dimension, 'same' or 'valid'."""
     if value == "valid":
         return (0, 0) * len(kernel)
@@ -147,14 +149,29 @@ def as_padding(value: object, kernel: tuple[int, ...], stride: tuple[int, ...],
         both = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple(side for total in both for side in (total // 2, total - total // 2))
     if isinstance(value, str):
-        raise fail(f"padding must be 'same', 'valid', an integer or one integer per dimension; got {value!r}.")
+        raise fail(
+            f"padding must be 'same', 'valid', an integer or one integer per dimension; got {value!r}."
+        )
     return tuple(side for p in as_ints("padding", value, len(kernel)) for side in (p, p))
 
 
-def resolve(kernel: tuple[int, ...], stride: object, padding: object, dilation: object, groups: int,
-            activation: str | None, negative_slope: float, pool: str | None, pool_size: object,
-            pool_stride: object, pool_padding: object, ceil_mode: bool, count_include_pad: bool,
-            precision: str, backend: str | None) -> ConvPoolParams:
+def resolve(
+    kernel: tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: int,
+    activation: str | None,
+    negative_slope: float,
+    pool: str | None,
+    pool_size: object,
+    pool_stride: object,
+    pool_padding: object,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    precision: str,
+    backend: str | None,
+) -> ConvPoolParams:
     """The user's arguments as the registered op takes them. `check` judges the values."""
     count = len(kernel)
     strides = as_ints("stride", stride, count)
@@ -175,11 +192,20 @@ def resolve(kernel: tuple[int, ...], stride: object, padding: object, dilation: 
         window_stride = window if pool_stride is None else as_ints("pool_stride", pool_stride, count)
         window_padding = as_ints("pool_padding", pool_padding, count)
     return ConvPoolParams(
-        stride=strides, padding=as_padding(padding, kernel, strides, dilations), dilation=dilations,
-        groups=groups, activation=activation or "none", negative_slope=float(negative_slope),
-        pool=pool or "none", pool_size=window, pool_stride=window_stride, pool_padding=window_padding,
-        ceil_mode=bool(ceil_mode), count_include_pad=bool(count_include_pad),
-        precision=precision, backend=backend or "",
+        stride=strides,
+        padding=as_padding(padding, kernel, strides, dilations),
+        dilation=dilations,
+        groups=groups,
+        activation=activation or "none",
+        negative_slope=float(negative_slope),
+        pool=pool or "none",
+        pool_size=window,
+        pool_stride=window_stride,
+        pool_padding=window_padding,
+        ceil_mode=bool(ceil_mode),
+        count_include_pad=bool(count_include_pad),
+        precision=precision,
+        backend=backend or "",
     )
 
 
@@ -192,7 +218,7 @@ def pooled_size(size: int, window: int, stride: int, padding: int, ceil_mode: bo
 
 
 def suggests_channels_last(t: Tensor) -> bool:
-    """torch's suggest_memory_format: channels first among the strides, decided like torch where sizes are 1."""
+    """torch's suggest_memory_format: channels vary fastest, decided like torch where sizes are 1."""
     if t.dim() not in (4, 5):
         return False
     strides, sizes = t.stride(), t.shape
@@ -209,13 +235,26 @@ def suggests_channels_last(t: Tensor) -> bool:
 def check_params(p: ConvPoolParams) -> None:
     """The values of the parameters alone, whoever passed them."""
     count = p.spatial
-    lengths = {"padding": 2 * count, "dilation": count, "pool_size": count, "pool_stride": count,
-               "pool_padding": count}
+    lengths = {
+        "padding": 2 * count,
+        "dilation": count,
+        "pool_size": count,
+        "pool_stride": count,
+        "pool_padding": count,
+    }
     for name, length in lengths.items():
         if len(getattr(p, name)) != length:
-            raise fail(f"the op's {name} must have {length} entries for {count} strides; got {getattr(p, name)}.")
-    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1), ("pool_size", 1), ("pool_stride", 1),
-                        ("pool_padding", 0)):
+            raise fail(
+                f"the op's {name} must have {length} entries for {count} strides; got {getattr(p, name)}."
+            )
+    for name, least in (
+        ("stride", 1),
+        ("padding", 0),
+        ("dilation", 1),
+        ("pool_size", 1),
+        ("pool_stride", 1),
+        ("pool_padding", 0),
+    ):
         if any(v < least for v in getattr(p, name)):
             raise fail(f"{name} must be at least {least} in every dimension; got {getattr(p, name)}.")
     if p.groups < 1:
@@ -254,7 +293,8 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise fail_dimensions(x, weight)
     if x.dtype not in DTYPES:
         raise fail(
-            f"the input's dtype must be float32, bfloat16, float16 or float64; got {x.dtype}. Convert the input first."
+            f"the input's dtype must be float32, bfloat16, float16 or float64; got {x.dtype}. "
+            "Convert the input first."
         )
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
@@ -265,10 +305,14 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
                 "Convert one of them, or run under autocast."
             )
         if t.device != x.device:
-            raise fail(f"input and {name} must be on one device; got {x.device} and {t.device}. Move one of them.")
+            raise fail(
+                f"input and {name} must be on one device; got {x.device} and {t.device}. Move one of them."
+            )
     for name, t in (("input", x), ("weight", weight), ("bias", bias)):
         if t is not None and t.layout != torch.strided:
-            raise fail(f"the {name} must be a dense tensor; got layout {t.layout}. Call to_dense() on it first.")
+            raise fail(
+                f"the {name} must be a dense tensor; got layout {t.layout}. Call to_dense() on it first."
+            )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise fail(
             f"the bias must have shape ({weight.shape[0]},), one entry per output channel of the weight; "
@@ -276,36 +320,44 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def check_batched(input: Tensor, weight: Tensor, padding_mode: str) -> None:
+def check_batched(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     """What the public function has to know before it can add a missing batch dimension."""
-    for name, t in (("input", input), ("weight", weight)):
+    for name, t in (("input", x), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"conv_pool: the {name} must be a torch tensor; got {type(t).__name__}.")
     check_weight(weight)
-    if input.dim() not in (weight.dim(), weight.dim() - 1):
-        raise fail_dimensions(input, weight)
+    if x.dim() not in (weight.dim(), weight.dim() - 1):
+        raise fail_dimensions(x, weight)
     if padding_mode not in PADDING_MODES:
         raise fail(f"padding_mode must be one of {', '.join(PADDING_MODES)}; got {padding_mode!r}.")
 
 
-def check_saved(problem: ConvPoolProblem, grad_y: Tensor, y: Tensor | None, index: Tensor, pre: Tensor) -> None:
+def check_saved(
+    problem: ConvPoolProblem, grad_y: Tensor, y: Tensor | None, index: Tensor, pre: Tensor
+) -> None:
     """The tensors that only the backward op takes: the kernels read them by pointer."""
     p = problem.params
     shape = (problem.batch, problem.out_channels, *problem.out_sizes)
     conv = (problem.batch, problem.out_channels, *problem.conv_sizes)
     pre_shape = {"": (0,), "pooled": shape, "conv": conv}[p.saves_pre]
-    expected = [("grad_y", grad_y, shape, problem.dtype),
-                ("index", index, shape if p.saves_index else (0,), torch.uint8),
-                ("pre", pre, pre_shape, problem.dtype)]
+    expected = [
+        ("grad_y", grad_y, shape, problem.dtype),
+        ("index", index, shape if p.saves_index else (0,), torch.uint8),
+        ("pre", pre, pre_shape, problem.dtype),
+    ]
     if p.backward_needs_y:
         if y is None:
-            raise fail(f"the backward of activation {p.activation!r} with pool {p.pool!r} needs the output y.")
+            raise fail(
+                f"the backward of activation {p.activation!r} with pool {p.pool!r} needs the output y."
+            )
         expected.append(("y", y, shape, problem.dtype))
     for name, t, sizes, dtype in expected:
         if tuple(t.shape) != tuple(sizes) or t.dtype != dtype or t.device != problem.device:
             raise fail(
-                f"the backward op's {name} must have shape {tuple(sizes)}, {dtype}, on {problem.device}; got "
-                f"{tuple(t.shape)}, {t.dtype}, on {t.device}. Pass what the forward op returned with save=True.")
+                f"the backward op's {name} must have shape {tuple(sizes)}, {dtype}, on {problem.device}; "
+                f"got {tuple(t.shape)}, {t.dtype}, on {t.device}. "
+                "Pass what the forward op returned with save=True."
+            )
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams, save: bool) -> ConvPoolProblem:
@@ -318,8 +370,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams, sav
     out_channels, group_channels, *kernel = weight.shape
     if in_channels != group_channels * p.groups:
         raise fail(
-            f"the weight of shape {tuple(weight.shape)} with groups={p.groups} takes {group_channels * p.groups} "
-            f"input channels; the input of shape {tuple(x.shape)} has {in_channels}."
+            f"the weight of shape {tuple(weight.shape)} with groups={p.groups} takes "
+            f"{group_channels * p.groups} input channels; the input's shape is {tuple(x.shape)}."
         )
     if in_channels == 0 or out_channels == 0 or any(k == 0 for k in kernel):
         raise fail(
@@ -333,21 +385,30 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams, sav
         padded, extent = size + p.padding[2 * d] + p.padding[2 * d + 1], p.dilation[d] * (k - 1) + 1
         if size == 0 or padded < extent:
             raise fail(
-                f"the input's spatial dimension {d} has {size} elements ({padded} with padding), fewer than the "
-                f"kernel's {extent} (size {k}, dilation {p.dilation[d]}). Use a larger input or more padding."
+                f"the input's spatial dimension {d} has {size} elements ({padded} with padding), fewer than "
+                f"the kernel's {extent} (size {k}, dilation {p.dilation[d]}). Use a larger input or padding."
             )
         conv.append((padded - extent) // p.stride[d] + 1)
         pooled = pooled_size(conv[d], p.pool_size[d], p.pool_stride[d], p.pool_padding[d], p.ceil_mode)
         if pooled < 1:
             raise fail(
-                f"the convolution's spatial dimension {d} has {conv[d]} elements, fewer than the pooling window's "
-                f"{p.pool_size[d]} with padding {p.pool_padding[d]}. Use a larger input or a smaller window."
+                f"the convolution's spatial dimension {d} has {conv[d]} elements, fewer than the pooling "
+                f"window's {p.pool_size[d]} with padding {p.pool_padding[d]}. Use a larger input."
             )
         out.append(pooled)
     return ConvPoolProblem(
-        params=p, batch=batch, in_channels=in_channels, out_channels=out_channels, input=tuple(sizes),
-        kernel=tuple(kernel), conv_sizes=tuple(conv), out_sizes=tuple(out), dtype=x.dtype, device=x.device,
-        channels_last=suggests_channels_last(x) or suggests_channels_last(weight), has_bias=bias is not None,
+        params=p,
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        input=tuple(sizes),
+        kernel=tuple(kernel),
+        conv_sizes=tuple(conv),
+        out_sizes=tuple(out),
+        dtype=x.dtype,
+        device=x.device,
+        channels_last=suggests_channels_last(x) or suggests_channels_last(weight),
+        has_bias=bias is not None,
         save=save,
     )
 
@@ -359,7 +420,7 @@ def memory_format(problem: ConvPoolProblem) -> torch.memory_format:
     return torch.channels_last if problem.spatial == 2 else torch.channels_last_3d
 
 
-def empty_outputs(problem: ConvPoolProblem) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(problem: ConvPoolProblem) -> Three:
     """Unwritten (y, index, pre) as the op returns them; (0,) where nothing is saved."""
     p, device, form = problem.params, problem.device, memory_format(problem)
     shape = (problem.batch, problem.out_channels, *problem.out_sizes)
@@ -377,17 +438,20 @@ def empty_outputs(problem: ConvPoolProblem) -> tuple[Tensor, Tensor, Tensor]:
     return y, index, pre
 
 
-def empty_gradients(problem: ConvPoolProblem, x: Tensor, weight: Tensor,
-                    mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten (grad_x, grad_weight, grad_bias) as the backward op returns them; (0,) where not asked for."""
+def empty_gradients(problem: ConvPoolProblem, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> Three:
+    """Unwritten (grad_x, grad_weight, grad_bias) as the backward op returns them; (0,) where not wanted."""
+
     def empty(wanted: bool, shape: Sequence[int], form: torch.memory_format) -> Tensor:
         if not wanted:
             return torch.empty(0, dtype=x.dtype, device=x.device)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
     plain = torch.contiguous_format
-    return (empty(mask[0], x.shape, memory_format(problem)), empty(mask[1], weight.shape, plain),
-            empty(mask[2], (problem.out_channels,), plain))
+    return (
+        empty(mask[0], x.shape, memory_format(problem)),
+        empty(mask[1], weight.shape, plain),
+        empty(mask[2], (problem.out_channels,), plain),
+    )
 
 
 def fused_why_not(problem: ConvPoolProblem) -> str | None:
@@ -396,9 +460,13 @@ def fused_why_not(problem: ConvPoolProblem) -> str | None:
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"the fused kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
     if p.pool == "max" and p.window > LARGEST_INDEXED_WINDOW:
-        return (f"the winner's position in a max pooling window is kept in one byte, so a window has at most "
-                f"{LARGEST_INDEXED_WINDOW} elements; this one has {p.window}.")
+        return (
+            f"the winner's position in a max pooling window is kept in one byte, so a window has at most "
+            f"{LARGEST_INDEXED_WINDOW} elements; this one has {p.window}."
+        )
     if p.activation == "leaky_relu" and p.negative_slope < 0:
-        return (f"leaky_relu's gradient is told from the sign of its output, which needs a slope of at least 0; "
-                f"this one is {p.negative_slope}.")
+        return (
+            f"leaky_relu's gradient is told from the sign of its output, which needs a slope of at least 0; "
+            f"this one is {p.negative_slope}."
+        )
     return None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from interfuse.ops.conv_pool_problem import PARAM_NAMES, ConvPoolParams
 from interfuse.reference import conv_pool as reference
+from interfuse.torch_state import (
+    SingleLevelFunction,
+    apply_at_this_level,
+    has_tangent,
+    redispatch_below_autograd,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 _COUNT = len(PARAM_NAMES)
 
@@ -24,47 +29,26 @@ def params_of(args: Sequence[Any]) -> ConvPoolParams:
     return ConvPoolParams(*(tuple(a) if isinstance(a, list) else a for a in args[:_COUNT]))
 
 
-def _forward_mode(*tensors: Tensor | None) -> bool:
-    """Whether one of them carries a forward-mode tangent."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _redispatch(op: Any, keyset: Any, *args: Any) -> Any:
-    """The same op below autograd, as torch.library's own autograd kernels call it."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._are_functorch_transforms_active():
-            # A Function's forward runs without grad; the outer functorch levels, which come next, need it.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _apply(function: Any, *args: Any) -> Any:
-    """function.apply for the functorch level that the dispatcher is at.
-
-    An autograd.Function normally runs before the dispatcher and walks through all functorch levels itself.
-    Inside an autograd kernel the dispatcher does that walk, hence the single-level form.
-    """
-    if torch._C._are_functorch_transforms_active():
-        with enable_single_level_autograd_function():
-            return function.apply(*args)
-    return function.apply(*args)
-
-
-class _Forward(_SingleLevelFunction):
+class _Forward(SingleLevelFunction):
     """conv_pool with what its backward needs saved, whether or not the caller asked for that."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, save: bool,
-                args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        op: Any,
+        keyset: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        save: bool,
+        args: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         params = params_of(args)
-        y, index, pre = _redispatch(op, keyset, x, weight, bias, *args, True)
+        y, index, pre = redispatch_below_autograd(op, keyset, x, weight, bias, *args, True)
         ctx.save_for_backward(x, weight, bias, y if params.backward_needs_y else None, index, pre)
         ctx.args = args
         ctx.set_materialize_grads(False)
@@ -79,18 +63,27 @@ class _Forward(_SingleLevelFunction):
         x, weight, bias, y, index, pre = ctx.saved_tensors
         mask = [bool(needed) for needed in ctx.needs_input_grad[2:5]]
         grads = torch.ops.interfuse.conv_pool_backward.default(
-            grad_y, x, weight, bias, y, index, pre, *ctx.args, mask)
+            grad_y, x, weight, bias, y, index, pre, *ctx.args, mask
+        )
         grads = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
         return (None, None, *grads, None, None)
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(SingleLevelFunction):
     """The backward op, whose own derivative is that of the reference's backward."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        grads = _redispatch(op, keyset, grad_y, x, weight, bias, *rest)
+    def forward(
+        ctx: Any,
+        op: Any,
+        keyset: Any,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)
         ctx.save_for_backward(grad_y, x, weight, bias)
         ctx.params, ctx.mask = params_of(rest[3:]), rest[-1]
         ctx.set_materialize_grads(False)
@@ -104,7 +97,9 @@ class _Backward(_SingleLevelFunction):
         if not any(wanted):
             return (None,) * len(ctx.needs_input_grad)
 
-        def gradients(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        def gradients(
+            grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
             results = reference.backward(grad_y, x, weight, bias, ctx.params, wanted)
             return tuple(g for g, want in zip(results, wanted, strict=True) if want and g is not None)
 
@@ -115,31 +110,35 @@ class _Backward(_SingleLevelFunction):
         return (None, None, *second, *nothing)
 
 
-def autograd_kernel(op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
-                    *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _forward_mode(x, weight, bias):
+def autograd_kernel(
+    op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if has_tangent(x, weight, bias):
         y = reference.forward(x, weight, bias, params_of(args))
         return (y, *(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.uint8, x.dtype)))
     if _wants_grad(x, weight, bias):
-        return _apply(_Forward, op, keyset, x, weight, bias, args[-1], args[:-1])
-    return _redispatch(op, keyset, x, weight, bias, *args)
+        return apply_at_this_level(_Forward, op, keyset, x, weight, bias, args[-1], args[:-1])
+    return redispatch_below_autograd(op, keyset, x, weight, bias, *args)
 
 
-def autograd_kernel_backward(op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                             *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _forward_mode(grad_y, x, weight, bias):
+def autograd_kernel_backward(
+    op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if has_tangent(grad_y, x, weight, bias):
         mask = rest[-1]
         grads = reference.backward(grad_y, x, weight, bias, params_of(rest[3:]), mask)
         empty = torch.empty(0, dtype=x.dtype, device=x.device)
         return tuple(empty if g is None else g for g in grads)
     if _wants_grad(grad_y, x, weight, bias):
-        return _apply(_Backward, op, keyset, grad_y, x, weight, bias, *rest)
-    return _redispatch(op, keyset, grad_y, x, weight, bias, *rest)
+        return apply_at_this_level(_Backward, op, keyset, grad_y, x, weight, bias, *rest)
+    return redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)
 
 
 def register_autograd(library: torch.library.Library, op: Any, backward_op: Any) -> None:
     library.impl("conv_pool", partial(autograd_kernel, op), "Autograd", with_keyset=True)
-    library.impl("conv_pool_backward", partial(autograd_kernel_backward, backward_op), "Autograd", with_keyset=True)
+    library.impl(
+        "conv_pool_backward", partial(autograd_kernel_backward, backward_op), "Autograd", with_keyset=True
+    )
 
 
 # vmap. The mapped dimension goes into the batch where only x is mapped; otherwise into the channels, with
@@ -165,23 +164,41 @@ def _split(t: Tensor, axis: int, count: int) -> tuple[Tensor, int | None]:
     return (t, None) if t.dim() == 1 else (t.unflatten(axis, (count, -1)), axis)
 
 
-def _vmap_forward(op: Any, info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None,
-                  *args: Any) -> tuple[Any, Any]:
+def _vmap_forward(
+    op: Any, info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Any, Any]:
     count, (x_dim, w_dim, b_dim) = info.batch_size, in_dims[:3]
     if w_dim is None and b_dim is None:
         results, axis = op(_into_batch(x, x_dim, count), weight, bias, *args), 0
     else:
         params = params_of(args)
-        results, axis = op(
-            _into_channels(x, x_dim, count), _into_batch(weight, w_dim, count),
-            None if bias is None else _into_batch(bias, b_dim, count),
-            *replace(params, groups=params.groups * count).as_args(), args[-1]), 1
+        results, axis = (
+            op(
+                _into_channels(x, x_dim, count),
+                _into_batch(weight, w_dim, count),
+                None if bias is None else _into_batch(bias, b_dim, count),
+                *replace(params, groups=params.groups * count).as_args(),
+                args[-1],
+            ),
+            1,
+        )
     pairs = [_split(t, axis, count) for t in results]
     return tuple(t for t, _ in pairs), tuple(dim for _, dim in pairs)
 
 
-def _vmap_backward(op: Any, info: Any, in_dims: tuple[Any, ...], grad_y: Tensor, x: Tensor, weight: Tensor,
-                   bias: Tensor | None, y: Tensor | None, index: Tensor, pre: Tensor, *args: Any) -> tuple[Any, Any]:
+def _vmap_backward(
+    op: Any,
+    info: Any,
+    in_dims: tuple[Any, ...],
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    *args: Any,
+) -> tuple[Any, Any]:
     count, mask = info.batch_size, args[-1]
     g_dim, x_dim, w_dim, b_dim, y_dim, index_dim, pre_dim = in_dims[:7]
     params = params_of(args)
@@ -196,9 +213,16 @@ def _vmap_backward(op: Any, info: Any, in_dims: tuple[Any, ...], grad_y: Tensor,
         bias = None if bias is None else _into_batch(bias, b_dim, count)
         params = replace(params, groups=params.groups * count)
     grad_x, grad_weight, grad_bias = op(
-        fold(grad_y, g_dim, count), fold(x, x_dim, count), weight, bias,
-        None if y is None else fold(y, y_dim, count), saved(index, index_dim), saved(pre, pre_dim),
-        *params.as_args(), mask)
+        fold(grad_y, g_dim, count),
+        fold(x, x_dim, count),
+        weight,
+        bias,
+        None if y is None else fold(y, y_dim, count),
+        saved(index, index_dim),
+        saved(pre, pre_dim),
+        *params.as_args(),
+        mask,
+    )
     pairs = [_split(grad_x, 0 if batched else 1, count) if mask[0] else (grad_x, None)]
     for grad, asked in ((grad_weight, mask[1]), (grad_bias, mask[2])):
         pairs.append((grad.unflatten(0, (count, -1)), 0) if asked else (grad, None))
@@ -207,4 +231,6 @@ def _vmap_backward(op: Any, info: Any, in_dims: tuple[Any, ...], grad_y: Tensor,
 
 def register_vmap(library: torch.library.Library, op: Any, backward_op: Any) -> None:
     torch.library.register_vmap("interfuse::conv_pool", partial(_vmap_forward, op), lib=library)
-    torch.library.register_vmap("interfuse::conv_pool_backward", partial(_vmap_backward, backward_op), lib=library)
+    torch.library.register_vmap(
+        "interfuse::conv_pool_backward", partial(_vmap_backward, backward_op), lib=library
+    )

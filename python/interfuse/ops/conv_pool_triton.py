@@ -1,14 +1,17 @@
-"""The Triton kernels as an implementation of conv_pool. triton itself is imported only when it is asked for."""
+"""The Triton kernels as an implementation of conv_pool; triton is imported only when it is asked for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from interfuse.ops.conv_pool_problem import ConvPoolProblem, fused_why_not
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 def why_not(problem: ConvPoolProblem) -> str | None:
@@ -24,14 +27,25 @@ def why_not(problem: ConvPoolProblem) -> str | None:
     return kernels.why_not(problem)
 
 
-def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     from interfuse.kernels import conv_pool as kernels
 
     return kernels.forward(x, weight, bias, problem.params, problem.save)
 
 
-def run_backward(problem: ConvPoolProblem, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                 y: Tensor | None, index: Tensor, pre: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def run_backward(
+    problem: ConvPoolProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     from interfuse.kernels import conv_pool as kernels
 
     return kernels.backward(grad_y, x, weight, y, index, pre, bias is not None, problem.params, tuple(mask))

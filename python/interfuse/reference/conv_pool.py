@@ -6,13 +6,16 @@ switched off) and can itself be differentiated: create_graph goes through this f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 aten = torch.ops.aten
 
@@ -80,7 +83,8 @@ def _activate_backward(grad: Tensor, pre: Tensor, value: Tensor, p: ConvPoolPara
 def _max_pool(t: Tensor, p: ConvPoolParams) -> tuple[Tensor, Tensor]:
     """The pooled values, and each winner's flat position in its channel's plane."""
     return _MAX_POOLS[p.spatial](
-        t, p.pool_size, p.pool_stride, p.pool_padding, 1, ceil_mode=p.ceil_mode, return_indices=True)
+        t, p.pool_size, p.pool_stride, p.pool_padding, 1, ceil_mode=p.ceil_mode, return_indices=True
+    )
 
 
 def _pool(t: Tensor, p: ConvPoolParams) -> Tensor:
@@ -88,7 +92,8 @@ def _pool(t: Tensor, p: ConvPoolParams) -> Tensor:
         return t
     if p.pool == "avg":
         return _AVG_POOLS[p.spatial](
-            t, p.pool_size, p.pool_stride, p.pool_padding, p.ceil_mode, p.count_include_pad)
+            t, p.pool_size, p.pool_stride, p.pool_padding, p.ceil_mode, p.count_include_pad
+        )
     return _max_pool(t, p)[0]
 
 
@@ -105,10 +110,14 @@ def _pool_backward(grad: Tensor, t: Tensor, p: ConvPoolParams) -> Tensor:
         out = op(grad, t, size, stride, padding, p.ceil_mode, p.count_include_pad, None)
     elif p.spatial == 3:
         _, where = aten.max_pool3d_with_indices(t, size, stride, padding, 1, p.ceil_mode)
-        out = aten.max_pool3d_with_indices_backward(grad, t, size, stride, padding, [1, 1, 1], p.ceil_mode, where)
+        out = aten.max_pool3d_with_indices_backward(
+            grad, t, size, stride, padding, [1, 1, 1], p.ceil_mode, where
+        )
     else:
         _, where = aten.max_pool2d_with_indices(t, size, stride, padding, 1, p.ceil_mode)
-        out = aten.max_pool2d_with_indices_backward(grad, t, size, stride, padding, [1, 1], p.ceil_mode, where)
+        out = aten.max_pool2d_with_indices_backward(
+            grad, t, size, stride, padding, [1, 1], p.ceil_mode, where
+        )
     return out.squeeze(2) if p.spatial == 1 else out
 
 
@@ -117,16 +126,27 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams) -
     return _pool(_activate(_convolve(x, weight, bias, p), p), p)
 
 
-def backward(grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams,
-             mask: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias where the mask asks for them, computed from the inputs anew."""
     pre = _convolve(x, weight, bias, p)
     value = _activate(pre, p)
     grad = _activate_backward(_pool_backward(grad_y, value, p), pre, value, p)
     padded, padding = _pad(x, p)
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
-        grad, padded, weight, [weight.shape[0]], p.stride, padding, p.dilation, False, [0] * p.spatial, p.groups,
-        list(mask))
+        grad,
+        padded,
+        weight,
+        [weight.shape[0]],
+        p.stride,
+        padding,
+        p.dilation,
+        False,
+        [0] * p.spatial,
+        p.groups,
+        list(mask),
+    )
     if mask[0] and padded is not x:
         for d in range(p.spatial):
             grad_x = grad_x.narrow(2 + d, p.padding[2 * d], x.shape[2 + d])
@@ -148,13 +168,17 @@ def _window_position(where: Tensor, pre: Tensor, p: ConvPoolParams) -> Tensor:
     return position
 
 
-def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op: (y, index, pre), with index and pre as every implementation saves them."""
     with torch.autocast(x.device.type, enabled=False):  # the caller has cast already
         return _run(problem, x, weight, bias)
 
 
-def _run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     p, form = problem.params, memory_format(problem)
     index = torch.empty(0, dtype=torch.uint8, device=x.device)
     saved = torch.empty(0, dtype=x.dtype, device=x.device)
@@ -163,7 +187,9 @@ def _run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | Non
     if not (problem.save and p.pool == "max"):
         y = _pool(value, p)
         if problem.save and p.saves_pre == "conv":
-            saved = (value if p.activation in ("relu", "leaky_relu", "tanh", "sigmoid") else pre).clone(memory_format=form)
+            saved = (value if p.activation in ("relu", "leaky_relu", "tanh", "sigmoid") else pre).clone(
+                memory_format=form
+            )
         elif problem.save and p.saves_pre == "pooled":
             saved = pre.clone(memory_format=form)
         return y.contiguous(memory_format=form), index, saved
@@ -178,8 +204,17 @@ def _run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | Non
     return y.contiguous(memory_format=form), index, saved
 
 
-def run_backward(problem: ConvPoolProblem, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-                 y: Tensor | None, index: Tensor, pre: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def run_backward(
+    problem: ConvPoolProblem,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    index: Tensor,
+    pre: Tensor,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     """The registered backward op. What the forward saved is not read: the reference computes it again."""
     with torch.autocast(x.device.type, enabled=False):
         grads = backward(grad_y, x, weight, bias, problem.params, mask)
@@ -187,5 +222,6 @@ def run_backward(problem: ConvPoolProblem, grad_y: Tensor, x: Tensor, weight: Te
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     grad_x, grad_weight, grad_bias = (
         nothing.clone() if g is None else g.contiguous(memory_format=form)
-        for g, form in zip(grads, forms, strict=True))
+        for g, form in zip(grads, forms, strict=True)
+    )
     return grad_x, grad_weight, grad_bias

@@ -1,0 +1,82 @@
+"""Everything of torch's private interface that interfuse reads, in one place.
+
+torch offers no public way to ask 'would a plain call of a CPU kernel be all that happens here?'; these
+functions ask its thread-local state piece by piece.
+"""
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn import Parameter
+
+__all__ = [
+    "SingleLevelFunction",
+    "apply_at_this_level",
+    "has_tangent",
+    "is_plain_eager",
+    "is_plain_tensor",
+    "redispatch_below_autograd",
+]
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_autocast_active = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
+
+
+def is_plain_eager() -> bool:
+    """No transform, mode, tracer, autocast, profiler or forward-mode level would see a call made now."""
+    return not (
+        _functorch_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or _autocast_active()
+        or _profiling()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
+
+
+def is_plain_tensor(t: Tensor) -> bool:
+    """t's memory on the CPU holds t's elements: no subclass, no lazy negation. (Layouts other than strided
+    have no strides and fail there.)"""
+    kind = type(t)
+    return (kind is Parameter or kind is Tensor) and t.is_cpu and not t.is_neg()
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them carries a forward-mode tangent at the current level."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def apply_at_this_level(function: Any, *args: Any) -> Any:
+    """function.apply inside an op's autograd kernel.
+
+    An autograd.Function normally runs before the dispatcher and walks through the functorch levels itself.
+    Inside a kernel the dispatcher does that walk, hence a single-level function.
+    """
+    if _functorch_active():
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
+
+
+def redispatch_below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
+    """The same op below autograd, as torch.library's own autograd kernels call it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if _functorch_active():
+            # A Function's forward runs without grad; the outer functorch levels, which come next, need it.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
