@@ -37,13 +37,14 @@ if(interfuse_choose_architectures)
   endif()
 endif()
 
-add_library(interfuse_cuda SHARED ${cuda_sources})
+# The checks are the core's own; the library stands alone, so it brings its copy.
+add_library(interfuse_cuda SHARED ${cuda_sources} csrc/common/conv_pool_check.cpp csrc/common/error.cpp)
 target_include_directories(interfuse_cuda PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
 target_compile_definitions(interfuse_cuda PRIVATE INTERFUSE_VERSION="${PROJECT_VERSION}")
 set_target_properties(interfuse_cuda PROPERTIES
   CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
   CUDA_SEPARABLE_COMPILATION OFF)
-target_compile_options(interfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)
+target_compile_options(interfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall --expt-relaxed-constexpr>)
 if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   target_link_options(interfuse_cuda PRIVATE -Wl,--exclude-libs,ALL)
 endif()

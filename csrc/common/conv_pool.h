@@ -8,9 +8,13 @@
 
 namespace interfuse {
 
+// Always inlined: the per-ISA files include this, and a copy compiled for a newer machine must not be linked in place of
+// an older one's. constexpr lets nvcc call them on the device.
+#define INTERFUSE_PLAIN __attribute__((always_inline)) constexpr
+
 struct Triple {
   int64_t d, h, w;
-  int64_t volume() const { return d * h * w; }
+  INTERFUSE_PLAIN int64_t volume() const { return d * h * w; }
 };
 
 struct ConvPool {
@@ -27,19 +31,26 @@ struct ConvPool {
   float slope;
   bool channels_last, ceil_mode, count_include_pad, highest, save;
 
-  int64_t y_count() const { return batch * out_channels * out.volume(); }
-  int64_t conv_count() const { return batch * out_channels * conv.volume(); }
+  // Offset of an element of a dense tensor of `size` with out_channels channels (y, index, pre), in this layout.
+  INTERFUSE_PLAIN int64_t at(const Triple& size, int64_t n, int64_t k, int64_t d, int64_t h, int64_t w) const {
+    const int64_t pixel = (d * size.h + h) * size.w + w;
+    return channels_last ? (n * size.volume() + pixel) * out_channels + k
+                         : (n * out_channels + k) * size.volume() + pixel;
+  }
+
+  INTERFUSE_PLAIN int64_t y_count() const { return batch * out_channels * out.volume(); }
+  INTERFUSE_PLAIN int64_t conv_count() const { return batch * out_channels * conv.volume(); }
   // gelu and silu are not monotone and their slope does not follow from their value.
-  bool needs_preactivation() const {
+  INTERFUSE_PLAIN bool needs_preactivation() const {
     return activation == INTERFUSE_GELU || activation == INTERFUSE_GELU_TANH || activation == INTERFUSE_SILU;
   }
-  int64_t index_count() const { return save && pool == INTERFUSE_POOL_MAX ? y_count() : 0; }
-  int64_t pre_count() const {
+  INTERFUSE_PLAIN int64_t index_count() const { return save && pool == INTERFUSE_POOL_MAX ? y_count() : 0; }
+  INTERFUSE_PLAIN int64_t pre_count() const {
     if (!save || activation == INTERFUSE_NONE) return 0;
     if (pool == INTERFUSE_POOL_AVG) return conv_count();
     return needs_preactivation() ? y_count() : 0;
   }
-  bool backward_reads_y() const {
+  INTERFUSE_PLAIN bool backward_reads_y() const {
     if (pool == INTERFUSE_POOL_AVG) return false;
     if (activation == INTERFUSE_RELU) return pool == INTERFUSE_POOL_NONE;
     return activation == INTERFUSE_LEAKY_RELU || activation == INTERFUSE_TANH || activation == INTERFUSE_SIGMOID;
