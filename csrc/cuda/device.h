@@ -4,7 +4,7 @@
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
-#define INTERFUSE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define INTERFUSE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define INTERFUSE_DEVICE __device__ __forceinline__
 // Arrays indexed by an unrolled loop stay in registers.
 #define INTERFUSE_UNROLL _Pragma("unroll")
