@@ -4,10 +4,10 @@
 #include "cuda/conv_pool_kernel.h"
 
 #include <cmath>
-#include <cstdio>
 #include <string>
 
 #include "common/error.h"
+#include "test.h"
 
 namespace {
 
@@ -87,7 +87,8 @@ Result emulated(const ConvPool& p, const std::vector<float>& x, const std::vecto
   return r;
 }
 
-int failures(const Case& c) {
+void check(const Case& c) {
+  const interfuse_test::Context context(c.name);
   const interfuse_conv_pool_spec spec = spec_of(c);
   const ConvPool p = checked_conv_pool(spec);
   const auto x = random_values(p.batch * p.in_channels * p.in.volume(), 1);
@@ -95,40 +96,27 @@ int failures(const Case& c) {
   const auto b = random_values(p.out_channels, 3);
   Result truth(p);
   interfuse_conv_pool* plan = nullptr;
-  if (interfuse_conv_pool_create(&spec, &plan) ||
-      interfuse_conv_pool_forward(plan, x.data(), w.data(), b.data(), truth.y.data(), truth.index.data(), truth.pre.data(), 1)) {
-    std::printf("%s: the core failed: %s\n", c.name, interfuse_last_error());
-    return 1;
-  }
+  CHECK_EQUAL(interfuse_conv_pool_create(&spec, &plan), INTERFUSE_OK);
+  CHECK_EQUAL(interfuse_conv_pool_forward(plan, x.data(), w.data(), b.data(), truth.y.data(), truth.index.data(),
+                                          truth.pre.data(), 1),
+              INTERFUSE_OK);
   interfuse_conv_pool_destroy(plan);
   // Sums of at most 150 products of normal variates, added in another order.
   const double tolerance = 150 * 1.2e-7 * 12;
-  int failed = 0;
-  Result first = emulated(p, x, w, b, emulate::Order::forward);
+  const Result first = emulated(p, x, w, b, emulate::Order::forward);
   for (emulate::Order order : {emulate::Order::backward, emulate::Order::shuffled}) {
     const Result other = emulated(p, x, w, b, order);
-    if (std::memcmp(first.y.data(), other.y.data(), first.y.size() * 4) || first.index != other.index) {
-      std::printf("%s: the order of threads changes the result: a barrier is missing\n", c.name);
-      ++failed;
-    }
+    // Another order of threads that changes the result means that a barrier is missing.
+    CHECK(!std::memcmp(first.y.data(), other.y.data(), first.y.size() * 4));
+    CHECK(first.index == other.index);
   }
-  const double far = distance(first.y, truth.y), pre_far = distance(first.pre, truth.pre);
-  if (!(far <= tolerance) || !(pre_far <= tolerance)) {
-    std::printf("%s: y differs by %g and pre by %g, allowed is %g\n", c.name, far, pre_far, tolerance);
-    ++failed;
-  }
-  if (first.index != truth.index) {
-    std::printf("%s: the winners differ\n", c.name);
-    ++failed;
-  }
-  return failed;
+  CHECK(distance(first.y, truth.y) <= tolerance);
+  CHECK(distance(first.pre, truth.pre) <= tolerance);
+  CHECK(first.index == truth.index);
 }
 
 }  // namespace
 
-int main() {
-  int failed = 0;
-  for (const Case& c : kCases) failed += failures(c);
-  std::printf("%d failed\n", failed);
-  return failed != 0;
+TEST(cuda_conv_pool_emulated) {
+  for (const Case& c : kCases) check(c);
 }
