@@ -1,21 +1,23 @@
-# interfuse._native, for wheels and editable installs: the binding and the core in one module. torch is not needed
-# to build it.
+# interfuse._native, the binding and the core in one module. torch is not needed to build it.
 
 if(NOT EXISTS "${PROJECT_SOURCE_DIR}/csrc/bind.cpp")
   message(STATUS "interfuse: no csrc/bind.cpp yet, the module _native is not built")
   return()
 endif()
 
-set(PYBIND11_FINDPYTHON ON)
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
-if(NOT pybind11_DIR)
-  execute_process(COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir OUTPUT_VARIABLE pybind11_hint
-                  OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+if(INTERFUSE_PYBIND11_INCLUDE)
+  set(pybind11_headers "${INTERFUSE_PYBIND11_INCLUDE}")
+else()
+  set(PYBIND11_FINDPYTHON ON)
+  find_package(pybind11 CONFIG REQUIRED)
+  set(pybind11_headers ${pybind11_INCLUDE_DIRS})
 endif()
-find_package(pybind11 CONFIG REQUIRED HINTS "${pybind11_hint}")
 
-# NO_EXTRAS: link-time optimisation could move AVX-512 code into functions that every processor runs.
-pybind11_add_module(_native MODULE NO_EXTRAS csrc/bind.cpp ${core_object_files})
+# Not pybind11_add_module: it turns on link-time optimisation, which could move AVX-512 code into functions that every
+# processor runs.
+Python_add_library(_native MODULE WITH_SOABI csrc/bind.cpp ${core_object_files})
+target_include_directories(_native SYSTEM PRIVATE ${pybind11_headers})
 target_link_libraries(_native PRIVATE interfuse_flags ${core_link_libraries})
 target_compile_options(_native PRIVATE ${isa_flags_baseline})
 target_compile_definitions(_native PRIVATE ${isa_definitions} $<$<BOOL:${INTERFUSE_CUDA_BUILT}>:INTERFUSE_HAVE_CUDA=1>
@@ -26,4 +28,6 @@ if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
   target_link_options(_native PRIVATE "-Wl,--version-script=${version_script}")
   set_target_properties(_native PROPERTIES LINK_DEPENDS "${version_script}")
 endif()
-install(TARGETS _native LIBRARY DESTINATION interfuse)
+if(SKBUILD)
+  install(TARGETS _native LIBRARY DESTINATION interfuse)
+endif()

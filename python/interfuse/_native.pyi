@@ -1,0 +1,60 @@
+# The native core, bound by pointers: addresses of dense memory go in unchecked, so use interfuse.ops instead.
+
+from collections.abc import Sequence
+from typing import Any
+
+class ConvPoolDesc:
+    # A checked conv_pool problem with its kernel chosen. Sequences have one entry per spatial dimension,
+    # padding two (low, high); x_strides are those of batch, channel, depth, height and width, in elements.
+    def __init__(
+        self,
+        spatial: int,
+        dtype: str,
+        channels_last: bool,
+        batch: int,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        input: Sequence[int],  # noqa: A002
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        x_strides: Sequence[int],
+        activation: str,
+        negative_slope: float,
+        pool: str,
+        pool_size: Sequence[int],
+        pool_stride: Sequence[int],
+        pool_padding: Sequence[int],
+        ceil_mode: bool,
+        count_include_pad: bool,
+        precision: str,
+        save: bool,
+    ) -> None: ...
+    @property
+    def conv_sizes(self) -> list[int]: ...
+    @property
+    def out_sizes(self) -> list[int]: ...
+    @property
+    def algorithm(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+
+def conv_pool_forward(
+    desc: ConvPoolDesc, x: int, weight: int, bias: int, y: int, index: int, pre: int, threads: int
+) -> None: ...
+def conv_pool_backward(
+    desc: ConvPoolDesc,
+    grad_y: int,
+    x: int,
+    weight: int,
+    y: int,
+    index: int,
+    pre: int,
+    grad_x: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+) -> None: ...
+def info() -> dict[str, Any]: ...
