@@ -1,0 +1,247 @@
+"""Turns a comparison into text, a plot, a JSON file, and the list of bars that it meets or misses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from interfuse.bench import peers
+
+from interfuse.terminal import milliseconds, table
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Sequence
+
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One promise and what was measured. `measured` is None where the run did not measure it."""
+
+    name: str
+    limit: float
+    measured: float | None
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        if self.measured is None or math.isnan(self.measured):
+            return False
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    def sentence(self) -> str:
+        wanted = f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
+        got = "not measured" if self.measured is None else f"measured {self.measured:.3g}"
+        return f"{'met   ' if self.met else 'MISSED'}  {self.name}: {wanted}, {got}."
+
+
+def text(report: Report, bars: Sequence[Bar] = ()) -> str:
+    blocks = [heading(report)]
+    for title, wanted in (("", True), (" (further rows, without bars)", False)):
+        rows = [row for row in report["rows"] if row["bar"] is wanted]
+        for mode in ("inference", "training"):
+            with_mode = [row for row in rows if row.get(mode, {}).get("times")]
+            if with_mode:
+                blocks.append(f"{mode.capitalize()}{title}, ms\n{timings(with_mode, mode)}")
+    blocks += [block for block in (verdict(report), missing(report), memory(report), errors(report)) if block]
+    if "overhead" in report.get("overhead", {}):
+        blocks.append(overhead(report["overhead"]))
+    if bars:
+        blocks.append("Bars\n" + "\n".join(bar.sentence() for bar in bars))
+    return "\n\n".join(blocks)
+
+
+def heading(report: Report) -> str:
+    machine, peak, settings = report["machine"], report["peak"], report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items()))
+    return (
+        f"{report['op']} on {machine['processor']} ({machine['cores']} cores: {' '.join(machine['flags'])}), "
+        f"{settings['threads']} threads, interfuse's instruction set: {report['isa']}\n"
+        f"{versions}\n"
+        f"machine peak: {peak['operations'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.0f} GB/s "
+        f"({peak['method']})\n"
+        f"Every provider ran alone in its own process; medians of {settings['rounds']} interleaved rounds. "
+        "a|b: under malloc's defaults | with a malloc that keeps its memory."
+    )
+
+
+def timings(rows: Sequence[Report], mode: str) -> str:
+    names = [name for name in peers.PROVIDERS if any(name in row[mode]["times"] for row in rows)]
+    header = ["case", *names, "best peer", "ratio", "GFLOP/s", "of peak", "GB/s", "of peak"]
+    lines = []
+    for row in rows:
+        result = row[mode]
+        cells = [cell(result["times"].get(name)) for name in names]
+        best = result.get("best_peer", {}).get("provider", "none")
+        roof = result.get("roofline")
+        share = (
+            [
+                f"{roof['operations_per_second'] / 1e9:.0f}",
+                f"{roof['share_of_peak_operations']:.0%}",
+                f"{roof['bytes_per_second'] / 1e9:.1f}",
+                f"{roof['share_of_peak_bandwidth']:.0%}",
+            ]
+            if roof
+            else ["-"] * 4
+        )
+        lines.append([row["case"], *cells, best, ratio(result.get("ratio")), *share])
+    return table(header, lines)
+
+
+def cell(heaps: dict[str, Any] | None) -> str:
+    if not heaps:
+        return "-"
+    return "|".join(milliseconds(heaps[heap]["median"]) for heap in ("default", "kept_heap") if heap in heaps)
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x" if value >= 1 else f"{value:.2f}x LOSS"
+
+
+def verdict(report: Report) -> str:
+    lines = []
+    for mode in ("inference", "training"):
+        judged = [(row["case"], row[mode]["ratio"]) for row in report["rows"] if "ratio" in row.get(mode, {})]
+        lost = [f"{case} ({value:.2f}x)" for case, value in judged if value < 1]
+        if judged:
+            lines.append(
+                f"{mode}: faster than the best peer on {len(judged) - len(lost)} of {len(judged)} rows"
+                + (f"; slower on {', '.join(lost)}." if lost else ".")
+            )
+        mean = report["summary"].get(mode)
+        if mean:
+            lines.append(f"{mode}: geometric mean over the rows with bars {mean['geometric_mean']:.2f}x.")
+    return "\n".join(lines)
+
+
+def missing(report: Report) -> str:
+    """Each absent provider once, with the cases it is absent from."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in report["rows"]:
+        for name, reason in row["missing"].items():
+            reasons.setdefault((name, reason), []).append(row["case"])
+    lines = []
+    for (name, reason), cases in reasons.items():
+        where = "every case" if len(cases) == len(report["rows"]) else ", ".join(cases)
+        lines.append(f"  {name} ({where}): {reason}")
+    return "Not timed\n" + "\n".join(lines) if lines else ""
+
+
+def memory(report: Report) -> str:
+    rows = [
+        row for row in report["rows"] if any("first" in entry for entry in row.get("memory", {}).values())
+    ]
+    if not rows:
+        return ""
+    names = list(rows[0]["memory"])
+    lines = [
+        [row["case"], *(megabytes(row["memory"].get(name, {})) for name in names), share_of_eager(row)]
+        for row in rows
+    ]
+    return "Peak extra memory of a training step, MB (first step | a later one)\n" + table(
+        ["case", *names, "share of eager's"], lines
+    )
+
+
+def megabytes(entry: dict[str, Any]) -> str:
+    return f"{entry['first'] / 1e6:.1f}|{entry['later'] / 1e6:.1f}" if "first" in entry else "-"
+
+
+def memory_share(row: Report) -> float | None:
+    """Our larger peak over eager's smaller one."""
+    entries = row.get("memory", {})
+    if "first" not in entries.get("interfuse", {}) or "first" not in entries.get("eager", {}):
+        return None
+    ours, eager = entries["interfuse"], entries["eager"]
+    return float(max(ours["first"], ours["later"]) / min(eager["first"], eager["later"]))
+
+
+def share_of_eager(row: Report) -> str:
+    share = memory_share(row)
+    return "-" if share is None else f"{share:.2f}"
+
+
+def errors(report: Report) -> str:
+    rows = [row for row in report["rows"] if row["errors"]]
+    names = [name for name in peers.PROVIDERS if any(name in row["errors"] for row in rows)]
+    lines = [
+        [row["case"], *(scientific(row["errors"].get(name, {}).get("output")) for name in names)]
+        for row in rows
+    ]
+    if not lines:
+        return ""
+    return "Error of the output against float64, relative Frobenius\n" + table(["case", *names], lines)
+
+
+def scientific(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def overhead(entry: Report) -> str:
+    return (
+        f"Call overhead at batch 1 ({entry['case']}): {entry['call'] * 1e6:.2f} us for the op, "
+        f"{entry['kernel'] * 1e6:.2f} us for the kernel alone, {entry['overhead'] * 1e6:.2f} us between them."
+    )
+
+
+def save_json(report: Report, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def save_plot(report: Report, path: pathlib.Path) -> str | None:
+    """Writes a PNG of the times relative to interfuse's; the sentence why not where matplotlib is missing."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return "No plot was written: matplotlib is not installed; `pip install 'interfuse[bench]'` brings it."
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (mode, [row for row in report["rows"] if "roofline" in row.get(mode, {})])
+        for mode in ("inference", "training")
+    ]
+    panels = [(mode, rows) for mode, rows in panels if rows]
+    if not panels:
+        return "No plot was written: interfuse was not timed on any row."
+    longest = max(len(rows) for _, rows in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(7 * len(panels), 1.5 + 0.9 * longest), squeeze=False, layout="constrained"
+    )
+    for axis, (mode, rows) in zip(axes[0], panels, strict=True):
+        names = [name for name in peers.PROVIDERS if any(name in row[mode]["times"] for row in rows)]
+        for k, name in enumerate(names):
+            places, widths = [], []
+            for i, row in enumerate(rows):
+                heaps = row[mode]["times"].get(name)
+                if heaps:
+                    places.append(i + (k + 0.5) / len(names) * 0.84 - 0.42)
+                    best = (
+                        heaps["default"]
+                        if name == "interfuse"
+                        else min(heaps.values(), key=lambda h: h["median"])
+                    )
+                    widths.append(best["median"] / row[mode]["times"]["interfuse"]["default"]["median"])
+            axis.barh(
+                places,
+                widths,
+                height=0.8 / len(names),
+                label=name,
+                color=f"C{list(peers.PROVIDERS).index(name)}",
+            )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("time relative to interfuse (right of 1: slower than interfuse)")
+        axis.set_title(f"{report['op']}, {mode}, {report['settings']['threads']} threads")
+        axis.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return None

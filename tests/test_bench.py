@@ -1,0 +1,217 @@
+"""The benchmark's machinery: processes rest, answers are checked, losses and absences are told."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+
+import pytest
+import torch
+from interfuse.bench import compare, conv_pool, peers, report, roofline, workers
+
+from interfuse import cli, terminal
+
+QUICK = conv_pool.names(further=False, quick=True)[0]
+
+
+def spec(provider: str, case: str = QUICK) -> workers.Spec:
+    return workers.Spec("conv_pool", case, provider, threads=1)
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
+def test_a_worker_is_stopped_between_its_turns_and_gone_afterwards() -> None:
+    with workers.started([spec("eager")], []) as [(worker, answer)]:
+        assert answer == {"version": torch.__version__}
+        pid = worker._process.pid
+        assert state(pid) == "T"
+        assert "failed" in worker.ask(do="inference", seconds=0.01)  # nothing was built yet
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def state(pid: int) -> str:
+    """The letter of /proc/PID/stat, after the moment that a signal takes to arrive."""
+    letter = ""
+    for _ in range(100):
+        letter = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if letter == "T":
+            break
+        time.sleep(0.01)
+    return letter
+
+
+def test_a_worker_that_fails_says_of_what() -> None:
+    with workers.started([spec("eager", case="no-such-case")], []) as [(_, answer)]:
+        assert "There is no case 'no-such-case'" in answer["failed"]
+
+
+def test_a_worker_whose_process_dies_says_so() -> None:
+    with workers.started([spec("eager")], []) as [(worker, _)]:
+        worker._process.kill()
+        worker._process.wait()
+        assert "ended with code -9" in worker.ask(do="inference", seconds=0.01)["failed"]
+
+
+def test_kept_heap_reaches_the_process_and_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert "MALLOC_TRIM_THRESHOLD_" not in spec("eager").environment()
+    kept = workers.Spec("conv_pool", QUICK, "eager", threads=1, keep_heap=True).environment()
+    assert int(kept["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
+
+
+def test_sample_groups_short_calls_and_counts_them() -> None:
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+
+    timed = workers.sample(step, 0.01)
+    assert 0 < timed["low"] <= timed["median"] < 1e-4
+    assert 100 < timed["calls"] < calls
+
+
+# --- peers -------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "onnxruntime is not installed" in str(
+        peers.PROVIDERS["onnxruntime"].why_not(conv_pool.workload(QUICK))
+    )
+    assert peers.PROVIDERS["eager"].why_not(conv_pool.workload(QUICK)) is None
+
+
+def test_nothing_is_timed_whose_answer_is_wrong(tmp_path: pathlib.Path) -> None:
+    workload = conv_pool.workload(QUICK)
+    truth = peers.truth(workload, train=False)
+    truth["output"] += 1
+    torch.save(truth, tmp_path / "truth.pt")
+    session = peers.Session(workload, peers.PROVIDERS["eager"], torch.get_num_threads())
+    assert "its output is wrong" in session.build(str(tmp_path / "truth.pt"), train=False)["failed"]
+
+
+def test_an_error_with_a_nan_is_infinite() -> None:
+    assert peers.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2).double()) == float("inf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_peak_memory_sees_what_a_step_held_and_gave_back() -> None:
+    megabytes = 64
+
+    def step() -> None:
+        block = torch.ones(megabytes << 18)  # float32
+        del block
+
+    # The kernel adds up each thread's pages in batches, hence the two megabytes of slack below.
+    assert megabytes - 2 <= peers.peak_of(step) / 2**20 < megabytes + 16
+
+
+# --- roofline ----------------------------------------------------------------------------------------------
+
+
+def test_cost_of_a_known_case() -> None:
+    first = conv_pool.workload(conv_pool.names(further=False, quick=False)[0])
+    assert first.case.name == "first-224"
+    cost = first.cost(training=False)
+    assert cost.operations == 2 * 222 * 222 * 64 * 3 * 9
+    assert cost.bytes == 4 * (3 * 224 * 224 + 64 * 27 + 64 + 64 * 111 * 111)
+    assert first.cost(training=True).operations == 3 * cost.operations
+
+
+def test_roofline_says_what_binds() -> None:
+    peak = roofline.Peak(threads=1, operations=100.0, bytes=10.0, method="made up")
+    shares = peak.roofline(roofline.Cost(operations=50, bytes=20), seconds=4.0)
+    assert shares["bound"] == "bytes"
+    assert shares["share_of_peak_operations"] == 0.125
+    assert shares["share_of_bound"] == shares["share_of_peak_bandwidth"] == 0.5
+
+
+def test_machine_peak_is_measured() -> None:
+    peak = roofline.measure(1)
+    assert 1e9 < peak.operations < 1e13
+    assert 1e8 < peak.bytes < 1e13
+
+
+def test_the_machine_is_described_without_names_or_paths() -> None:
+    text = json.dumps(roofline.machine())
+    assert os.uname().nodename not in text
+    assert "/" not in text.replace("http://", "")
+
+
+# --- reports -----------------------------------------------------------------------------------------------
+
+
+def made_up(ours: float, eager: float, eager_kept: float) -> dict[str, object]:
+    def spread(value: float) -> dict[str, object]:
+        return {"median": value, "low": value, "high": value, "rounds": [value]}
+
+    times = {
+        "interfuse": {"default": spread(ours)},
+        "eager": {"default": spread(eager), "kept_heap": spread(eager_kept)},
+    }
+    peak = roofline.Peak(threads=1, operations=1e9, bytes=1e9, method="made up")
+    return compare.judged(times, roofline.Cost(1, 1), peak)
+
+
+def test_the_better_variant_of_a_peer_counts() -> None:
+    judged = made_up(ours=1.0, eager=4.0, eager_kept=2.0)
+    assert judged["ratio"] == 2.0
+    assert judged["best_peer"] == {"provider": "eager", "heap": "kept_heap", "median": 2.0}
+
+
+def test_a_loss_is_called_a_loss() -> None:
+    assert report.ratio(0.5) == "0.50x LOSS"
+    rows = [{"case": "slow", "bar": True, "inference": made_up(2.0, 1.0, 1.0)}]
+    text = report.verdict({"rows": rows, "summary": compare.summary(rows)})
+    assert "faster than the best peer on 0 of 1 rows; slower on slow (0.50x)" in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_least", "met"),
+    [(2.0, True, True), (1.9, True, False), (2.0, False, True), (2.1, False, False), (None, True, False),
+     (None, False, False), (float("nan"), False, False)],
+)  # fmt: skip
+def test_a_bar_is_met_or_missed(measured: float | None, at_least: bool, met: bool) -> None:
+    bar = report.Bar("speed", 2.0, measured, at_least)
+    assert bar.met is met
+    assert bar.sentence().startswith("met" if met else "MISSED")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--case", "nonsense"], "There is no case 'nonsense'; there are: "),
+     (["--provider", "nonsense"], "There is no provider 'nonsense'; there are: "),
+     (["--quick", "--check"], "--check judges real timings")],
+)  # fmt: skip
+def test_wrong_arguments_are_explained(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "conv_pool", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+# --- what it prints with -----------------------------------------------------------------------------------
+
+
+def test_table_aligns() -> None:
+    assert terminal.table(["a", "b"], [["xx", "1"], ["y", "22"]]) == "a    b\n--  --\nxx   1\ny   22"
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_shows_on_a_terminal_only() -> None:
+    for stream, shown in ((io.StringIO(), False), (Tty(), True)):
+        with terminal.Progress(2, stream) as progress:
+            progress.step("half way")
+        assert ("1/2" in stream.getvalue() and "half way" in stream.getvalue()) is shown
