@@ -1,0 +1,140 @@
+"""The command line: `interfuse doctor`, `interfuse demo`, `interfuse bench OP`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="interfuse", description="Fused kernels for multimodal models in PyTorch."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, instruction sets, threads, and back ends with reasons"
+    )
+    doctor.set_defaults(run=run_doctor)
+
+    demo = commands.add_parser("demo", help="a stack of CNN blocks in torch and in interfuse, side by side")
+    demo.add_argument("--size", type=int, default=224, help="height and width of the images (default 224)")
+    demo.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
+    demo.add_argument("--seconds", type=float, default=0.5, help="of timing for each figure (default 0.5)")
+    demo.set_defaults(run=run_demo)
+
+    bench = commands.add_parser("bench", help="one op against the peers that are installed, on this machine")
+    bench.add_argument("op", choices=["conv_pool"], help="the op to compare")
+    bench.add_argument(
+        "--check", action="store_true", help="exit with status 1 where a bar is missed, and name it"
+    )
+    bench.add_argument("--all", action="store_true", help="the further rows too, not only those with bars")
+    bench.add_argument(
+        "--quick", action="store_true", help="tiny cases and little timing: shows that it works"
+    )
+    bench.add_argument("--case", action="append", metavar="NAME", help="only this case (may be repeated)")
+    bench.add_argument(
+        "--provider", action="append", metavar="NAME", help="only this provider (may be repeated)"
+    )
+    bench.add_argument("--inference-only", action="store_true", help="leave training and its memory out")
+    bench.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    bench.set_defaults(run=run_bench)
+
+    for command in (demo, bench):
+        command.add_argument("--threads", type=int, help="default: the physical cores of this machine")
+        command.add_argument(
+            "--out",
+            type=pathlib.Path,
+            default=pathlib.Path("out"),
+            help="folder for JSON and plot (default out/)",
+        )
+    for command in (doctor, demo, bench):
+        command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return top
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from interfuse import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found, indent=1) if arguments.json else doctor.text(found))
+    return 1 if doctor.problems(found) else 0
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    from interfuse import demo
+
+    return demo.run(
+        size=arguments.size,
+        batch=arguments.batch,
+        seconds=arguments.seconds,
+        threads=arguments.threads,
+        out=arguments.out,
+        as_json=arguments.json,
+    )
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    import importlib
+
+    from interfuse.bench import compare, peers, report, roofline
+    from interfuse.terminal import Progress
+
+    if arguments.quick and arguments.check:
+        print(
+            "--check judges real timings, which --quick does not make; leave one of them out.",
+            file=sys.stderr,
+        )
+        return 2
+    op = importlib.import_module(f"interfuse.bench.{arguments.op}")
+    cases = choose(
+        "case", op.names(arguments.all, arguments.quick), op.names(True, arguments.quick), arguments.case
+    )
+    providers = choose("provider", list(peers.PROVIDERS), list(peers.PROVIDERS), arguments.provider)
+    if cases is None or providers is None:
+        return 2
+    settings = compare.Settings(
+        threads=arguments.threads or roofline.machine()["cores"],
+        rounds=2 if arguments.quick else arguments.rounds,
+        seconds=0.02 if arguments.quick else 0.15,
+        training=not arguments.inference_only,
+        kept_heap=not arguments.quick,
+        providers=tuple(providers),
+    )
+    with Progress(compare.parts(len(cases), settings)) as progress:
+        result = compare.run(arguments.op, cases, settings, progress.step)
+    bars = [] if arguments.quick else op.bars(result)
+    result["bars"] = [{"name": b.name, "limit": b.limit, "measured": b.measured, "met": b.met} for b in bars]
+    stem = arguments.out / f"bench_{arguments.op}"
+    report.save_json(result, stem.with_suffix(".json"))
+    no_plot = report.save_plot(result, stem.with_suffix(".png"))
+    print(json.dumps(result, indent=1) if arguments.json else report.text(result, bars))
+    print(no_plot or f"Wrote {stem}.json and {stem}.png.", file=sys.stderr)
+    missed = [bar for bar in bars if not bar.met]
+    for bar in missed if arguments.check else []:
+        print(bar.sentence(), file=sys.stderr)
+    return 1 if arguments.check and missed else 0
+
+
+def choose(kind: str, default: list[str], known: list[str], asked: list[str] | None) -> list[str] | None:
+    """The names asked for, or the default; None, with a sentence on stderr, where one does not exist."""
+    for name in asked or []:
+        if name not in known:
+            print(f"There is no {kind} '{name}'; there are: {', '.join(known)}.", file=sys.stderr)
+            return None
+    return asked or default
+
+
+if __name__ == "__main__":
+    sys.exit(main())

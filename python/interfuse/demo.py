@@ -1,0 +1,177 @@
+"""`interfuse demo`: the documented stack of CNN blocks in torch and in interfuse, side by side.
+
+Both run in this process, on the same pool of threads, in turn. `interfuse bench` is the stricter comparison:
+with every peer, each alone in a process of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import interfuse
+from interfuse.models import cnn_blocks
+from interfuse.terminal import Progress, milliseconds, table
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Callable
+
+ROUNDS = 5
+
+
+def run(size: int, batch: int, seconds: float, threads: int | None, out: pathlib.Path, as_json: bool) -> int:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    plain = cnn_blocks()
+    least = smallest_size(plain)
+    if size < least or batch < 1:
+        print(
+            f"The demo needs images of at least {least} pixels (--size) and a batch of at least 1.",
+            file=sys.stderr,
+        )
+        return 2
+    result = compare(plain, torch.randn(batch, 3, size, size), seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    no_plot = plot(result, out / "demo.png")
+    print(json.dumps(result, indent=1) if as_json else text(result))
+    print(no_plot or f"Wrote {out / 'demo.json'} and {out / 'demo.png'}.", file=sys.stderr)
+    return 0
+
+
+def compare(plain: nn.Sequential, x: Tensor, seconds: float) -> dict[str, Any]:
+    """Each block on the output of those before it, then the whole stack, then a training step of it."""
+    fused = interfuse.optimize(copy.deepcopy(plain))
+    exact = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        inputs = [x]
+        for block in plain:
+            inputs.append(block(inputs[-1]))
+    parts = [
+        *((block_name(block), block, fused[i], exact[i], inputs[i]) for i, block in enumerate(plain)),
+        ("the whole stack", plain, fused, exact, x),
+    ]
+    rows = []
+    with Progress((len(parts) + 1) * ROUNDS) as progress:
+        for name, theirs, ours, truth, given in parts:
+            with torch.no_grad():
+                right = truth(given.double())
+                errors = {
+                    "torch": largest_error(theirs(given), right),
+                    "interfuse": largest_error(ours(given), right),
+                }
+                steps = {"torch": partial(theirs, given), "interfuse": partial(ours, given)}
+                times = in_turn(steps, seconds, partial(progress.step, name))
+            rows.append({"part": name, "times": times, "errors": errors})
+        step = {"torch": training_step(plain, x), "interfuse": training_step(fused, x)}
+        times = in_turn(step, seconds, partial(progress.step, "a training step"))
+        rows.append({"part": "a training step of the stack", "times": times})
+    for row, site in zip(rows, interfuse.explain(fused).rows, strict=False):
+        row["kernel"] = site.kernel
+    for row in rows:
+        row["ratio"] = row["times"]["torch"] / row["times"]["interfuse"]
+    return {
+        "input": list(x.shape),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "interfuse": interfuse.__version__,
+        "rows": rows,
+    }
+
+
+def block_name(block: nn.Module) -> str:
+    conv = next(block.children())
+    return f"block {conv.in_channels} -> {conv.out_channels}" if isinstance(conv, nn.Conv2d) else "block"
+
+
+def smallest_size(blocks: nn.Sequential) -> int:
+    """The smallest image of which every block leaves something."""
+    size = 1
+    for _ in blocks:
+        size = 2 * size + 2
+    return size
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    parameters = list(model.parameters())
+    leaf = x.clone().requires_grad_()
+    grad = torch.ones_like(model(x))
+    return lambda: torch.autograd.grad(model(leaf), [leaf, *parameters], grad)
+
+
+def in_turn(
+    steps: dict[str, Callable[[], object]], seconds: float, tick: Callable[[], None]
+) -> dict[str, float]:
+    """Median time of a call of each, the providers taking turns so that a slow moment falls on both."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            step()
+            end = time.perf_counter() + seconds / ROUNDS
+            while True:
+                begin = time.perf_counter()
+                step()
+                now = time.perf_counter()
+                times[name].append(now - begin)
+                if now > end:
+                    break
+        tick()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((value.double() - truth).abs().max() / truth.abs().max())
+
+
+def text(result: dict[str, Any]) -> str:
+    header = ["", "torch, ms", "interfuse, ms", "ratio", "torch's error", "interfuse's error"]
+    lines = []
+    for row in result["rows"]:
+        errors = [f"{row['errors'][name]:.1e}" if "errors" in row else "" for name in ("torch", "interfuse")]
+        times = [milliseconds(row["times"][name]) for name in ("torch", "interfuse")]
+        lines.append([row["part"], *times, f"{row['ratio']:.2f}x", *errors])
+    shape = "x".join(map(str, result["input"]))
+    return (
+        f"CNN blocks on a {shape} input, {result['threads']} threads; medians of calls in turn.\n"
+        "Errors: the largest difference from float64, relative to the largest value.\n\n"
+        + table(header, lines)
+        + "\n\n" + "\n".join(f"{row['part']}: {row['kernel']}" for row in result["rows"] if "kernel" in row)
+    )
+
+
+def plot(result: dict[str, Any], path: pathlib.Path) -> str | None:
+    """Writes a PNG; the sentence why not where matplotlib is missing."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return "No plot was written: matplotlib is not installed; `pip install 'interfuse[bench]'` brings it."
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.7 * len(rows)), layout="constrained")
+    for k, name in enumerate(("torch", "interfuse")):
+        places = [i + 0.4 * k - 0.2 for i in range(len(rows))]
+        bars = axis.barh(places, [row["times"][name] * 1e3 for row in rows], height=0.38, label=name)
+        labels = [f"{row['ratio']:.1f}x" if name == "interfuse" else "" for row in rows]
+        axis.bar_label(bars, labels, padding=3)
+    axis.set_yticks(range(len(rows)), [row["part"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel("ms a call (ratio: torch's time over interfuse's)")
+    axis.set_title(f"CNN blocks, {'x'.join(map(str, result['input']))}, {result['threads']} threads")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return None
