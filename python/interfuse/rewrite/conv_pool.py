@@ -1,0 +1,224 @@
+"""How optimize() recognises conv_pool: a convolution, then an activation, then a pool, each torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from interfuse.dispatch import choose, refusals
+from interfuse.numerics import get_precision
+from interfuse.ops import conv_pool_native as native
+from interfuse.ops.conv_pool import IMPLEMENTATIONS, conv_pool, pad_by_mode
+from interfuse.ops.conv_pool_problem import DTYPES, check, resolve
+from interfuse.rewrite.known import (
+    ACTIVATION_FUNCTIONS,
+    CONVOLUTIONS,
+    FORWARDS,
+    PLAIN_TENSORS,
+    POOL_FUNCTIONS,
+    POOL_MODULES,
+    Activation,
+    Pool,
+    activation_of,
+    pool_of,
+    touched,
+    untouched,
+)
+from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+
+# What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What conv_pool takes where a site says nothing.
+CALL_DEFAULTS: dict[str, Any] = {
+    "activation": None, "negative_slope": 0.01, "pool": None, "pool_size": 2, "pool_stride": None, "pool_padding": 0,
+    "ceil_mode": False, "count_include_pad": True}
+
+
+class Seen(NamedTuple):
+    """A call in words: (shape, strides, dtype) of input, weight and bias, and the settings."""
+
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]
+    device: torch.device
+    autocast: torch.dtype | None
+    settings: dict[str, Any]
+    save: bool
+
+
+
+
+class ConvPool:
+    """conv_pool's part in optimize()."""
+
+    op = "conv_pool"
+
+    def anchors(self, module: nn.Module) -> bool:
+        return isinstance(module, _ConvNd) or type(module).__module__.startswith("torch.ao.nn") and "conv" in type(
+            module).__module__
+
+    def refuse(self, module: nn.Module) -> str | None:
+        if type(module) not in CONVOLUTIONS:
+            return _why_not_type(module)
+        watched = touched(module)
+        if watched:
+            return f"{type(module).__name__} {watched}"
+        dtype = module.weight.dtype
+        if dtype not in DTYPES:
+            return f"its weight is {dtype}; the kernels take float32, bfloat16, float16 and float64"
+        return None
+
+    def match(self, links: Sequence[StaticLink], end: str) -> Match | str:
+        dimensions = {CONVOLUTIONS[type(c)] for c in links[0].callees if type(c) in CONVOLUTIONS}
+        if len(dimensions) != 1:
+            return "the loop that calls it goes over convolutions of different dimensions"
+        spatial = dimensions.pop()
+        taken = 1
+        activation = _first_activation(links, taken)
+        taken += activation is not None
+        pool = _first_pool(links, taken, spatial)
+        taken += isinstance(pool, Pool)
+        if activation is None and isinstance(pool, Pool) and pool.kind == "max":
+            after = _first_activation(links, taken)
+            taken += after is not None and after.increasing
+        text = " -> ".join(link.text for link in links[:taken])
+        if taken == len(links):
+            reason = end
+        elif isinstance(pool, str):
+            reason = f"{links[taken].text}, which follows, {pool}"
+        else:
+            reason = _why_not_link(links[taken])
+        return Match(taken, text, enabled=taken > 1, reason=reason)
+
+    def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
+        conv, arguments, keywords = links[0]
+        spatial = CONVOLUTIONS.get(type(conv))
+        if (spatial is None or arguments or keywords or type(value) not in PLAIN_TENSORS
+                or not untouched(conv, FORWARDS[type(conv)])):
+            return None
+        weight, bias = conv.weight, conv.bias
+        if not _fits(value, weight, bias, conv.groups, spatial):
+            return None
+        settings = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation,
+                    "groups": conv.groups, "padding_mode": conv.padding_mode}
+        activation = pool = None
+        for callee, arguments, keywords in links[1:]:
+            if activation is None and (found := activation_of(callee, arguments, keywords)) is not None:
+                if pool is not None and not (found.increasing and pool.kind == "max"):
+                    return None
+                activation = found
+            elif pool is None and isinstance(pooling := pool_of(callee, arguments, keywords), Pool):
+                pool = pooling
+            else:
+                return None
+        if activation is not None:
+            if not isinstance(activation.slope, (int, float)):
+                return None
+            settings["activation"] = activation.name
+            settings["negative_slope"] = activation.slope
+        if pool is not None:
+            if pool.spatial != spatial:
+                return None
+            settings |= {"pool": pool.kind, "pool_size": pool.size, "pool_stride": pool.stride,
+                         "pool_padding": pool.padding, "ceil_mode": pool.ceil_mode,
+                         "count_include_pad": pool.count_include_pad}
+        return Call((value, weight, bias), settings)
+
+    def run(self, call: Call) -> Tensor:
+        return conv_pool(*call.tensors, **call.settings)
+
+    def describe(self, call: Call) -> Seen:
+        x = call.tensors[0]
+        tensors = tuple(None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in call.tensors)
+        return Seen(tensors, x.device, _autocast(x), call.settings, wants_gradient(call))
+
+    def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
+        def meta(t: tuple[Any, Any, torch.dtype] | None) -> Tensor | None:
+            return None if t is None else torch.empty_strided(t[0], t[1], dtype=seen.autocast or t[2], device="meta")
+
+        x, weight, bias = map(meta, seen.tensors)
+        if x is None or weight is None:
+            raise TypeError("a call of conv_pool has an input and a weight; neither may be None.")
+        settings = CALL_DEFAULTS | seen.settings
+        mode = settings.pop("padding_mode")
+        params = resolve(tuple(weight.shape[2:]), precision=get_precision(), backend=None, **settings)
+        x = x if x.dim() == weight.dim() else x.unsqueeze(0)
+        if mode != "zeros":
+            x, params = pad_by_mode(x, params, mode)
+        problem = replace(check(x, weight, bias, params, seen.save), device=seen.device)
+        chosen = choose(IMPLEMENTATIONS, problem)
+        before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(chosen)]
+        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
+        if chosen.name == "native":
+            return "native, {}: {}".format(*native.describe(problem)), why_not
+        return None if chosen.name == "reference" else chosen.name, why_not
+
+
+def _fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:
+    """Whether the op computes this. What it does not, the modules themselves compute, or say what is wrong."""
+    if type(weight) not in PLAIN_TENSORS or (bias is not None and type(bias) not in PLAIN_TENSORS):
+        return False
+    if value.dim() - spatial not in (1, 2) or value.shape[-spatial - 1] != weight.shape[1] * groups:
+        return False
+    if value.layout is not torch.strided or weight.layout is not torch.strided or value.is_nested:
+        return False
+    if value.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return False
+    computed = _autocast(value) or value.dtype
+    if computed is not weight.dtype and not torch.is_autocast_enabled(value.device.type):
+        return False
+    return computed in (CPU_DTYPES if value.device.type == "cpu" else GPU_DTYPES)
+
+
+def _autocast(value: Tensor) -> torch.dtype | None:
+    kind = value.device.type
+    enabled = torch.is_autocast_enabled(kind) and value.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
+def _why_not_type(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{name} has no weight yet: call the model once, then optimise it"
+    if isinstance(module, _ConvTransposeNd):
+        return f"{name} is a transposed convolution, which has no fused kernel"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrised, so that it is computed anew at every call"
+    if type(module).__module__.startswith("torch.ao."):
+        return f"{name} is a quantised module, or one being prepared for it"
+    return f"its type {name} is not exactly nn.Conv1d, Conv2d or Conv3d, so it may compute something else"
+
+
+def _first_activation(links: Sequence[StaticLink], at: int) -> Activation | None:
+    found = (_try(activation_of, callee, links[at]) for callee in links[at].callees) if at < len(links) else ()
+    return next((f for f in found if isinstance(f, Activation)), None)
+
+
+def _first_pool(links: Sequence[StaticLink], at: int, spatial: int) -> Pool | str | None:
+    found = [_try(pool_of, callee, links[at]) for callee in links[at].callees] if at < len(links) else []
+    return next((f for f in found if isinstance(f, str) or (isinstance(f, Pool) and f.spatial == spatial)), None)
+
+
+def _try(read: Any, callee: Any, link: StaticLink) -> Any:
+    try:
+        return read(callee, link.arguments, link.keywords)
+    except TypeError:  # arguments that the function does not take: calling it will say so
+        return None
+
+
+def _why_not_link(link: StaticLink) -> str:
+    for callee in link.callees:
+        if isinstance(callee, nn.Module):
+            watched = touched(callee)
+            if watched:
+                return f"{link.text}, which follows, {watched}"
+            if isinstance(callee, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+                return f"{link.text} follows; normalisation is not folded into convolutions"
+            if isinstance(callee, nn.modules.dropout._DropoutNd):  # noqa: SLF001
+                return f"{link.text} follows, which reads the value in training"
+    return f"{link.text} follows, which is no activation or pool of the kernel's"

@@ -1,0 +1,243 @@
+"""Verifies and times the sites of a model while it runs on example inputs.
+
+Each site is tried at the moment the model reaches it, on the value it is given there: the plain calls and the fused
+call are run side by side, compared with each other and with float64, and timed in turns. So every site meets the
+shapes, strides and settings that it will meet in use, and only one site's tensors are held at a time. Then the model
+as a whole is compared and timed, with and without what was put on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from interfuse.rewrite.site import Call, LiveLink, Site, run_plainly, wants_gradient
+
+# What rounding may do, in relative Frobenius norm against float64, where torch's own error is smaller. float32 may
+# go through Winograd. In gradients a maximum may win over another that equals it but for rounding, which moves
+# whole entries.
+VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+FASTER = 0.98  # a site must take less than this of the plain calls' time
+NOT_SLOWER = 1.02  # and the model no more than this of its own
+
+
+@dataclass
+class Outcome:
+    """What was measured at one site, summed over its calls in one run of the model. Times in seconds."""
+
+    calls: int = 0
+    inference: tuple[float, float] | None = None  # plain, fused
+    training: tuple[float, float] | None = None
+    error: float = 0.0  # largest relative error against float64
+    refusal: str | None = None
+
+    def add(self, kind: str, plain: float, fused: float) -> None:
+        before = getattr(self, kind) or (0.0, 0.0)
+        setattr(self, kind, (before[0] + plain, before[1] + fused))
+
+
+@dataclass
+class Examples:
+    """Example inputs as a call of the model. Cloned for every call, since a model may write to its inputs."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(inputs: Any) -> Examples:
+        if isinstance(inputs, Mapping):
+            return Examples(kwargs=inputs)
+        return Examples(args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+
+    def run(self, model: nn.Module) -> Any:
+        def fresh(t: Any) -> Any:
+            return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+
+        return model(*tree_map(fresh, self.args), **tree_map(fresh, dict(self.kwargs)))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts buffers (running statistics) and the random state back to what they were."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+class TrySite:
+    """A trial for a site (see Site.trial): measures, then gives the model what the plain calls give."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.outcomes: dict[int, Outcome] = {}
+
+    def __call__(self, site: Site, links: Sequence[LiveLink], value: Any) -> Any:
+        outcome = self.outcomes.setdefault(id(site), Outcome())
+        outcome.calls += 1
+        call = site.pattern.prepare(links, value)
+        if call is None:
+            outcome.refusal = "with the example inputs it is not a call that the kernels take"
+        elif not site.serves(call):
+            outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
+        if call is None or outcome.refusal:
+            return run_plainly(links, value)
+        outcome.refusal = self._differs(site, links, call, outcome)
+        if outcome.refusal is None:
+            self._time(site, links, call, outcome)
+        return run_plainly(links, value)
+
+    def _differs(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> str | None:
+        leaves = [t.detach().requires_grad_(t.requires_grad) if i == 0 and t is not None else t
+                  for i, t in enumerate(call.tensors)]
+        call = call._replace(tensors=tuple(leaves))
+        double = call._replace(tensors=tuple(None if t is None else _exact_leaf(t) for t in leaves))
+        plain, fused, truth = run_plainly(links, leaves[0]), site.pattern.run(call), site.pattern.run(double)
+        if fused.shape != plain.shape or fused.dtype != plain.dtype or fused.stride() != plain.stride():
+            return (f"the kernel gives {_form(fused)} where the model gives {_form(plain)}, which later code "
+                    "could notice")
+        tolerance = VALUE_TOLERANCE[plain.dtype]
+        ours, theirs = relative_error(fused, truth), relative_error(plain, truth)
+        outcome.error = max(outcome.error, ours)
+        if ours > max(2 * theirs, tolerance):
+            return f"its error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
+        wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
+        if not wanted or not torch.is_grad_enabled():
+            return None
+        grad = torch.randn_like(plain)
+        tolerance = GRADIENT_TOLERANCE[plain.dtype]
+        for mine, own, exact in zip(_gradients(fused, leaves, wanted, grad), _gradients(plain, leaves, wanted, grad),
+                                    _gradients(truth, double.tensors, wanted, grad.double()), strict=True):
+            ours, theirs = relative_error(mine, exact), relative_error(own, exact)
+            if ours > max(2 * theirs, tolerance):
+                return f"its gradient's error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
+        return None
+
+    def _time(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> None:
+        value = call.tensors[0]
+        with torch.no_grad():
+            outcome.add("inference", *in_turns(
+                lambda: run_plainly(links, value), lambda: site.pattern.run(call), self.seconds, value))
+        if not wants_gradient(call):
+            return
+        if value is not None and value.requires_grad:
+            call = call._replace(tensors=(value.detach().requires_grad_(), *call.tensors[1:]))
+        leaves = call.tensors
+        wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
+        grad = torch.ones_like(run_plainly(links, leaves[0]))
+        outcome.add("training", *in_turns(
+            lambda: _gradients(run_plainly(links, leaves[0]), leaves, wanted, grad),
+            lambda: _gradients(site.pattern.run(call), leaves, wanted, grad), self.seconds, value))
+
+
+def _exact_leaf(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def _gradients(y: Tensor, leaves: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor) -> Sequence[Tensor]:
+    return torch.autograd.grad(y, [t for i in wanted if (t := leaves[i]) is not None], grad)
+
+
+def _form(t: Tensor) -> str:
+    return f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """In the Frobenius norm, over the finite entries; infinite where the two are not finite in the same places."""
+    got, exact = got.detach().double(), exact.detach().double()
+    finite = exact.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return float("inf")
+    got, exact = got[finite], exact[finite]
+    scale = exact.norm().item()
+    difference = (got - exact).norm().item()
+    return difference / scale if scale else difference
+
+
+def in_turns(plain: Callable[[], object], fused: Callable[[], object], seconds: float,
+             like: Tensor | None) -> tuple[float, float]:
+    """Median times of two ways to do the same, run alternately so that both meet the same disturbances."""
+    device = like.device if like is not None else torch.device("cpu")
+    for _ in range(2):
+        timed(plain, device)
+        timed(fused, device)
+    pairs: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(pairs) < 5 or (time.perf_counter() - start < seconds and len(pairs) < 200):
+        pairs.append((timed(plain, device), timed(fused, device)))
+    return median(p for p, _ in pairs), median(f for _, f in pairs)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def try_sites(model: nn.Module, sites: Sequence[Site], examples: Examples, seconds: float) -> dict[int, Outcome]:
+    """Runs the model once, measuring every site on the way; sets what each site may do; gives what was found."""
+    trial = TrySite(seconds / max(1, 2 * len(sites)))
+    for site in sites:
+        site.trial = trial
+    try:
+        with undisturbed(model), torch.enable_grad():
+            examples.run(model)
+    finally:
+        for site in sites:
+            site.trial = None
+    for site in sites:
+        outcome = trial.outcomes.setdefault(id(site), Outcome(refusal="the example inputs did not reach it"))
+        site.inference = outcome.refusal is None and _faster(outcome.inference)
+        site.training = outcome.refusal is None and _faster(outcome.training)
+    return trial.outcomes
+
+
+def _faster(times: tuple[float, float] | None) -> bool:
+    return times is not None and times[1] < FASTER * times[0]
+
+
+def whole_model(model: nn.Module, examples: Examples, put: Callable[[], None], take: Callable[[], None],
+                seconds: float) -> str | None:
+    """Compares the model with what was put on it and without: the reason to take it off again, or None."""
+    tensors = [t for t in tree_leaves((examples.args, dict(examples.kwargs))) if isinstance(t, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+
+    def run(switch: Callable[[], None]) -> Any:
+        switch()
+        torch.manual_seed(0)
+        return examples.run(model)
+
+    with undisturbed(model), torch.no_grad():
+        plain, again, fused = _floats(run(take)), _floats(run(take)), _floats(run(put))
+        for one, two, ours in zip(plain, again, fused, strict=True):
+            allowed = 10 * VALUE_TOLERANCE.get(one.dtype, 0.0) + 2 * relative_error(two, one)
+            error = relative_error(ours, one)
+            if error > allowed:
+                return f"the model's output changes by {error:.1e} (relative) with the fused sites"
+        before, after = in_turns(lambda: run(take), lambda: run(put), seconds, torch.empty(0, device=device))
+    if after > NOT_SLOWER * before:
+        return (f"the model as a whole is not faster with the fused sites ({1e3 * after:.3g} ms against "
+                f"{1e3 * before:.3g} ms)")
+    return None
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]

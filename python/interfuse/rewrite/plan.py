@@ -1,0 +1,211 @@
+"""Walks a model and says where a fused op may stand, and for every other place why it may not."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from interfuse.rewrite import source
+from interfuse.rewrite.bound import Bound
+from interfuse.rewrite.chains import Chain, Link, Reading, clip
+from interfuse.rewrite.resolve import Resolver, methods_reached
+from interfuse.rewrite.site import UNKNOWN, Match, Pattern, StaticLink
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A chain that one call of an op can compute. `key` tells it apart among those of its owner's method."""
+
+    owner: nn.Module
+    owner_name: str
+    method: str
+    key: Hashable
+    pattern: Pattern
+    match: Match
+    name: str
+    where: str
+
+    @property
+    def identity(self) -> tuple[str, str, Hashable]:
+        return (self.owner_name, self.method, self.key)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A module that a chain could have started with, or that could not be looked into, and the reason."""
+
+    name: str
+    text: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    candidates: list[Candidate] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    name: str
+    module: nn.Module
+    pattern: Pattern
+    refusal: str | None
+
+
+class Planner:
+    def __init__(self, model: nn.Module, patterns: Sequence[Pattern]):
+        self.plan = Plan()
+        self.anchors: dict[int, Anchor] = {}
+        self.reasons: dict[int, str] = {}
+        self.covered: set[int] = set()
+        modules = list(self._walk(model, "", set()))
+        for name, module in modules:
+            for pattern in patterns:
+                if pattern.anchors(module):
+                    self.anchors[id(module)] = Anchor(name, module, pattern, pattern.refuse(module))
+        for name, module in modules:
+            self._look_into(name, module)
+        for key, anchor in self.anchors.items():
+            if key not in self.covered:
+                reason = anchor.refusal or self.reasons.get(key, "no call of it is seen in any forward")
+                self.plan.refused.append(Refused(anchor.name, type(anchor.module).__name__, reason))
+
+    def _walk(self, module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+        """Like named_modules, but not into modules whose code is not Python of the user's."""
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        reason = _opaque(module)
+        if reason:
+            self.plan.refused.append(Refused(name, type(module).__name__, reason))
+            return
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from self._walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+    def _look_into(self, name: str, module: nn.Module) -> None:
+        mine = [self.anchors[id(m)] for m in _held_by(module) if id(m) in self.anchors]
+        forward = module.__dict__.get("forward")
+        if forward is not None and not isinstance(forward, Bound):
+            self._remember(mine, f"the forward of {type(module).__name__} was replaced on the instance")
+        elif is_sequential(module):
+            self._sequential(name, module)
+        elif not type(module).forward.__module__.startswith("torch.") and any(
+                id(m) in self.anchors for m in module.modules()):
+            for method in list(methods_reached(module)):
+                self._method(name, module, method, mine)
+            self._remember(mine, f"no direct call of it is seen in the forward of {type(module).__name__}")
+
+    def _remember(self, anchors: Sequence[Anchor], reason: str) -> None:
+        for anchor in anchors:
+            self.reasons.setdefault(id(anchor.module), reason)
+
+    def _sequential(self, name: str, module: nn.Module) -> None:
+        children = list(module._modules.items())  # noqa: SLF001  (named_children leaves repeated ones out)
+        links = [StaticLink((child,), (), {}, type(child).__name__) for _, child in children]
+        at = 0
+        while at < len(children):
+            key, child = children[at]
+            anchor = self.anchors.get(id(child))
+            at += 1
+            if anchor is None or anchor.refusal:
+                continue
+            label = f"{name}.{key}" if name else key
+            end = f"it ends {name or type(module).__name__}; what reads its value stands outside"
+            match = anchor.pattern.match(links[at - 1:], end)
+            self._found([anchor], match, module, name, "forward", key, label, type(module).__name__)
+            if isinstance(match, Match):
+                at += match.length - 1
+
+    def _method(self, name: str, owner: nn.Module, method: str, mine: Sequence[Anchor]) -> None:
+        function = getattr(type(owner), method)
+        if method in owner.__dict__ and not isinstance(owner.__dict__[method], Bound):
+            return
+        read = source.read(function)
+        if isinstance(read, str):
+            self._remember(mine, f"{function.__qualname__} cannot be rewritten: {read}")
+            return
+        reading = Reading(read.tree)
+        resolver = Resolver(owner, read, reading)
+        for call in reading.calls():
+            called = [self.anchors[id(c)] for c in resolver.resolve(call.func) if id(c) in self.anchors]
+            able = [anchor for anchor in called if not anchor.refusal]
+            if not able:
+                continue
+            chain = reading.chain(call)
+            if isinstance(chain, str):
+                self._remember(able, chain)
+                continue
+            links = [static_link(link, resolver) for link in chain.links]
+            match = able[0].pattern.match(links, chain.end)
+            label = able[0].name if len(able) == 1 else f"{able[0].name} ... {able[-1].name}"
+            where = f"{function.__qualname__}, line {call.lineno}"
+            self._found(able, match, owner, name, method, reading.place(call), label, where)
+
+    def _found(self, anchors: Sequence[Anchor], match: Match | str, owner: nn.Module, owner_name: str, method: str,
+               key: Hashable, label: str, where: str) -> None:
+        if isinstance(match, str):
+            self._remember(anchors, match)
+            return
+        self.covered |= {id(anchor.module) for anchor in anchors}
+        self.plan.candidates.append(
+            Candidate(owner, owner_name, method, key, anchors[0].pattern, match, label, where))
+
+
+def make_plan(model: nn.Module, patterns: Sequence[Pattern]) -> Plan:
+    return Planner(model, patterns).plan
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether calling the module calls its children one after the other: by what it runs, whatever its name."""
+    cls = type(module)
+    return isinstance(module, nn.Sequential) and cls.forward is SEQUENTIAL_FORWARD and cls.__iter__ is SEQUENTIAL_ITER
+
+
+SEQUENTIAL_FORWARD = nn.Sequential.forward
+SEQUENTIAL_ITER = nn.Sequential.__iter__
+
+
+def static_link(link: Link, resolver: Resolver) -> StaticLink:
+    callees: tuple[Any, ...] = (link.method,) if link.callee is None else resolver.resolve(link.callee)
+    text = f".{link.method}()" if link.callee is None else clip(ast.unparse(link.callee))
+    if len(callees) == 1 and isinstance(callees[0], nn.Module):
+        text = type(callees[0]).__name__
+    elif len(callees) == 1 and link.callee is not None:
+        text = getattr(callees[0], "__name__", text)
+    return StaticLink(callees, tuple(map(_constant, link.arguments)),
+                      {str(k.arg): _constant(k.value) for k in link.keywords}, text)
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return UNKNOWN
+
+
+def _opaque(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, which has no Python forward; optimise the model before scripting or tracing it"
+    if isinstance(module, fx.GraphModule):
+        return "it is a torch.fx graph, whose forward is generated; optimise the model before tracing it"
+    if isinstance(module, torch._dynamo.OptimizedModule):  # noqa: SLF001
+        return "it is compiled; optimise the model first, then pass it to torch.compile"
+    return None
+
+
+def _held_by(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that the module itself calls: its own, and those in its lists and dictionaries."""
+    for child in module.children():
+        yield child
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _held_by(child)
+
+
+__all__ = ["Candidate", "Chain", "Plan", "Refused", "make_plan"]

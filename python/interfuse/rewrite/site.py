@@ -1,0 +1,140 @@
+"""A site: one place in a model where a run of calls may go to one fused op instead.
+
+Nothing about the model is remembered in a site. At every call it is handed the callees that the model would call
+now, and its pattern looks at them: if they are what they were taken for, the fused op runs; if anything has changed
+(a hook, a replaced module, another kind of tensor), they are called as they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Match(NamedTuple):
+    """The first `length` links of a chain, and what they are in words. `enabled` is False for what pays only
+    where it is measured to."""
+
+    length: int
+    text: str
+    enabled: bool
+    reason: str  # why it ends there, and does not take more
+
+
+class StaticLink(NamedTuple):
+    """A link as far as it is known before the model runs. Arguments that are not constants are UNKNOWN."""
+
+    callees: tuple[Any, ...]  # what it may call: several for a loop over modules; empty if unknown
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    text: str
+
+
+class Unknown:
+    def __repr__(self) -> str:
+        return "that is computed"
+
+
+UNKNOWN = Unknown()
+
+
+LiveLink = tuple[Any, tuple[Any, ...], dict[str, Any]]  # callee or method name, arguments, keywords
+
+
+class Call(NamedTuple):
+    """A fused call ready to be made. Tensors first, so that a site can see whether a gradient is wanted."""
+
+    tensors: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+class Pattern(Protocol):
+    """What an op adds to optimize(): how its chains look before the model runs, and at each call."""
+
+    op: str
+
+    def anchors(self, module: nn.Module) -> bool:
+        """Whether the report should speak of this module: a chain of this op may start with it."""
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """Why no chain can start with this anchor, whatever follows it."""
+
+    def match(self, links: Sequence[StaticLink], end: str) -> Match | str:
+        """How much of the chain one call of the op computes, or why nothing of it."""
+
+    def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
+        """The fused call, if these callees and this value are what the op takes; else None."""
+
+    def run(self, call: Call) -> Tensor:
+        """Makes the call."""
+
+    def describe(self, call: Call) -> Any:
+        """What `kernel` needs to know of a call: shapes and settings, no tensors."""
+
+    def kernel(self, seen: Any) -> tuple[str | None, tuple[str, ...]]:
+        """Which kernel runs a call like this one (None: only the reference does), and why others do not."""
+
+
+Trial = Callable[["Site", Sequence[LiveLink], Any], Any]
+
+MOST_KINDS = 64  # of calls that a site remembers; more shapes than that, and it starts anew
+
+
+class Site:
+    """Calls the fused op where it may, and the callees where it may not. `inference` and `training` say where it
+    was found to pay; `seen` is the last new kind of call in words, for the report."""
+
+    def __init__(self, pattern: Pattern, inference: bool = True, training: bool = True):
+        self.pattern = pattern
+        self.inference = inference
+        self.training = training
+        self.seen: Any = None
+        self.trial: Trial | None = None
+        self._served: dict[Hashable, bool] = {}
+
+    def __call__(self, links: Sequence[LiveLink], value: Any) -> Any:
+        if self.trial is not None:
+            return self.trial(self, links, value)
+        compiling = torch.compiler.is_compiling()
+        # What TorchScript and ONNX write down should be made of torch's own ops.
+        if torch.jit.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
+            return run_plainly(links, value)
+        call = self.pattern.prepare(links, value)
+        if call is None or not (self.training if wants_gradient(call) else self.inference):
+            return run_plainly(links, value)
+        if not compiling and not self.serves(call):
+            return run_plainly(links, value)
+        return self.pattern.run(call)
+
+    def serves(self, call: Call) -> bool:
+        """Whether a kernel takes the call, and not only the reference, which is slower than the plain calls."""
+        value = call.tensors[0]
+        kind = (value.shape, value.dtype, value.device, wants_gradient(call))
+        served = self._served.get(kind)
+        if served is None:
+            if len(self._served) >= MOST_KINDS:
+                self._served.clear()
+            self.seen = self.pattern.describe(call)
+            served = self._served[kind] = self.pattern.kernel(self.seen)[0] is not None
+        return served
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"trial": None}
+
+
+def wants_gradient(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
+
+
+def run_plainly(links: Sequence[LiveLink], value: Any) -> Any:
+    """What the model would have done by itself."""
+    for callee, arguments, keywords in links:
+        if isinstance(callee, str):
+            callee = getattr(value, callee)
+            value = callee(*arguments, **keywords)
+        else:
+            value = callee(value, *arguments, **keywords)
+    return value
