@@ -1,18 +1,20 @@
 """Plain torch models, small but shaped like those that people have, for the tests of optimize().
 
-Each entry of ZOO makes a model and its inputs, and says which chains optimize() should fuse (by the names of their
-convolutions, with repetitions), and a part of the reason for some that it should leave alone.
+Each entry of ZOO makes a model and its inputs, and says which chains optimize() should fuse (by the names of
+their convolutions, with repetitions), and a part of the reason for some that it should leave alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,22 @@ def images(channels: int = 3, size: int = 24, batch: int = 2) -> Callable[[], tu
 
 def sequential() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 4, 1), nn.GELU(), nn.Flatten(), nn.Linear(400, 5))
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(400, 5),
+    )
 
 
 class Functional(nn.Module):
-    """The tutorial's net: pool(relu(conv)), and in the second block relu(pool(conv)) with dropout further on."""
+    """The tutorial's net: pool(relu(conv)), and in the second block relu(pool(conv)) with dropout further
+    on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +127,9 @@ class CRNN(nn.Module):
             if i == 1:
                 self.cnn.add_module(f"norm{i}", nn.BatchNorm2d(outside))
             self.cnn.add_module(f"relu{i}", nn.LeakyReLU(0.2, inplace=True))
-            self.cnn.add_module(f"pool{i}", nn.MaxPool2d((2, 2), (2, 1), (0, 1)) if i == 2 else nn.MaxPool2d(2, 2))
+            self.cnn.add_module(
+                f"pool{i}", nn.MaxPool2d((2, 2), (2, 1), (0, 1)) if i == 2 else nn.MaxPool2d(2, 2)
+            )
         self.rnn = nn.LSTM(8, 6, bidirectional=True)
         self.embedding = nn.Linear(12, 7)
 
@@ -128,8 +142,14 @@ class CRNN(nn.Module):
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Conv1d(2, 6, 5), nn.SiLU(), nn.AvgPool1d(2), nn.Conv1d(6, 6, 3), nn.Sigmoid(),
-                                 nn.MaxPool1d(3, 2))
+        self.net = nn.Sequential(
+            nn.Conv1d(2, 6, 5),
+            nn.SiLU(),
+            nn.AvgPool1d(2),
+            nn.Conv1d(6, 6, 3),
+            nn.Sigmoid(),
+            nn.MaxPool1d(3, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).flatten(1)
@@ -215,7 +235,7 @@ class ControlFlow(nn.Module):
         with torch.no_grad():
             x = x + F.relu(self.frozen(x))
         x = self.encode(x, small)
-        for conv, act in zip(self.blocks, self.acts):
+        for conv, act in zip(self.blocks, self.acts, strict=True):
             x = act(conv(x))
             if x.shape[-1] > 100:
                 break
@@ -259,7 +279,9 @@ class Hooked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        self.b = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU())
+        self.b = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU()
+        )
         self.c = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU())
         self.d = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
         self.d[0].forward = Twice(self.d[0])  # type: ignore[method-assign]
@@ -280,10 +302,15 @@ class Quirks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, groups=2), nn.ReLU(),
-            nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular",
-                                                                     bias=False),
-            nn.Tanh(), nn.AvgPool2d(2, divisor_override=3), Quirks.Scaled(8, 4, 1), nn.ReLU())
+            nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, groups=2),
+            nn.ReLU(),
+            nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular", bias=False),
+            nn.Tanh(),
+            nn.AvgPool2d(2, divisor_override=3),
+            Quirks.Scaled(8, 4, 1),
+            nn.ReLU(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -300,14 +327,29 @@ ZOO: dict[str, Entry] = {
     "c3d": Entry(C3D, lambda: (torch.randn(2, 3, 4, 16, 16),), ["conv1", "conv2", "conv3a", "conv3b"]),
     "crnn": Entry(CRNN, images(1, 16), ["cnn.conv0", "cnn.conv2"], {"cnn.conv1": "BatchNorm2d follows"}),
     "siamese": Entry(Siamese, sequences(2, 2, 24), ["encoder.net.0", "encoder.net.3", "stem", "stem"]),
-    "residual": Entry(Residual, images(size=12), ["conv2"], {
-        "conv1": "kept as y", "conv3": "stored as self.stash", "conv4": "kept as u"}),
+    "residual": Entry(
+        Residual,
+        images(size=12),
+        ["conv2"],
+        {"conv1": "kept as y", "conv3": "stored as self.stash", "conv4": "kept as u"},
+    ),
     "unpool": Entry(Unpool, images(size=12), ["conv"], {"deconv": "transposed"}),
-    "control_flow": Entry(ControlFlow, images(size=16), [
-        "_ControlFlow__head", "blocks.0 ... blocks.2", "frozen", "stem", "stem"]),
+    "control_flow": Entry(
+        ControlFlow,
+        images(size=16),
+        ["_ControlFlow__head", "blocks.0 ... blocks.2", "frozen", "stem", "stem"],
+    ),
     "text_cnn": Entry(TextCNN, lambda: (torch.randint(20, (3, 10)),), ["convs.0 ... convs.2"]),
-    "hooked": Entry(Hooked, images(size=12), ["e.0"], {
-        "a.0": "ReLU, which follows, has hooks", "b.0": "parametrised", "c.0": "has hooks",
-        "d.0": "forward of its own"}),
+    "hooked": Entry(
+        Hooked,
+        images(size=12),
+        ["e.0"],
+        {
+            "a.0": "ReLU, which follows, has hooks",
+            "b.0": "parametrised",
+            "c.0": "has hooks",
+            "d.0": "forward of its own",
+        },
+    ),
     "quirks": Entry(Quirks, images(4, 20), ["net.0", "net.3"], {"net.6": "not exactly nn.Conv1d"}),
 }

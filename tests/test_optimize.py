@@ -1,4 +1,5 @@
-"""optimize() on whole models: the same answers and gradients, the same model otherwise, and all of it undone."""
+"""optimize() on whole models: the same answers and gradients, the same model otherwise, and all of it
+undone."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def step(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, list[Tensor
     inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs)
     leaves = [*(p for p in model.parameters() if p.requires_grad), *(t for t in inputs if t.requires_grad)]
     y = model(*inputs)
-    grads = torch.autograd.grad((y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum(), leaves, allow_unused=True)
+    grads = torch.autograd.grad(
+        (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum(), leaves, allow_unused=True
+    )
     return y.detach(), [torch.zeros(()) if g is None else g for g in grads]
 
 
@@ -48,6 +51,7 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.count = 0
         from interfuse.rewrite.conv_pool import ConvPool
+
         run = ConvPool.run
 
         def counted(pattern: ConvPool, call: Any) -> Tensor:
@@ -99,12 +103,22 @@ def test_twice_is_once(entry: Entry) -> None:
     model, _ = entry.build()
     interfuse.optimize(model)
     once = [[type(v) for v in m.__dict__.values() if isinstance(v, Bound)] for m in model.modules()]
-    sites = [id(s) for m in model.modules() for b in m.__dict__.values() if isinstance(b, Bound)
-             for s in b.sites.values()]
+    sites = [
+        id(s)
+        for m in model.modules()
+        for b in m.__dict__.values()
+        if isinstance(b, Bound)
+        for s in b.sites.values()
+    ]
     interfuse.optimize(model)
     assert [[type(v) for v in m.__dict__.values() if isinstance(v, Bound)] for m in model.modules()] == once
-    assert sites == [id(s) for m in model.modules() for b in m.__dict__.values() if isinstance(b, Bound)
-                     for s in b.sites.values()]
+    assert sites == [
+        id(s)
+        for m in model.modules()
+        for b in m.__dict__.values()
+        if isinstance(b, Bound)
+        for s in b.sites.values()
+    ]
 
 
 @BY_NAME
@@ -170,7 +184,9 @@ def test_hooks_registered_later_are_honoured(calls: Calls) -> None:
     calls.count = 0
     model(x)
     assert calls.count == 4
-    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output)):
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(output)
+    ):
         calls.count = 0
         model(x)
         assert calls.count == 0
@@ -189,8 +205,8 @@ def test_changes_after_optimize_are_honoured(calls: Calls) -> None:
     assert calls.count == 3
 
     class Doubled(nn.MaxPool2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
 
     model.pool = plain.pool = Doubled(2, 2)
     model.conv2 = plain.conv2 = nn.Conv2d(6, 8, 3, padding_mode="reflect")
@@ -271,9 +287,11 @@ def test_tracers_see_plain_modules() -> None:
 def test_opaque_models_are_left_alone() -> None:
     model, (x,) = ZOO["vgg"].build()
     model.eval()
-    for wrap, reason in ((torch.fx.symbolic_trace, "torch.fx graph"),
-                         (lambda m: torch.jit.trace(m, (x,)), "TorchScript"),
-                         (lambda m: torch.compile(m, backend="eager"), "compiled")):
+    for wrap, reason in (
+        (torch.fx.symbolic_trace, "torch.fx graph"),
+        (lambda m: torch.jit.trace(m, (x,)), "TorchScript"),
+        (lambda m: torch.compile(m, backend="eager"), "compiled"),
+    ):
         wrapped = wrap(model)
         expected = wrapped(x)
         interfuse.optimize(wrapped)
@@ -307,13 +325,15 @@ def test_autocast_and_func(calls: Calls) -> None:
     assert got.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
     parameters = {name: 2 * p for name, p in plain.named_parameters()}
-    torch.testing.assert_close(torch.func.functional_call(model, parameters, (x,)),
-                               torch.func.functional_call(plain, parameters, (x,)))
+    torch.testing.assert_close(
+        torch.func.functional_call(model, parameters, (x,)),
+        torch.func.functional_call(plain, parameters, (x,)),
+    )
     assert calls.count == 8
 
 
 def test_errors_and_no_ops() -> None:
-    with pytest.raises(TypeError, match="must be a torch.nn.Module; got int"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got int"):
         interfuse.optimize(3)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="tuple or list of positional arguments"):
         interfuse.optimize(nn.ReLU(), 3)  # type: ignore[arg-type]

@@ -4,7 +4,18 @@ import torch  # noqa: F401  (first: its OpenMP runtime is the one that the nativ
 
 from interfuse import nn, ops
 from interfuse.numerics import get_precision, precision, set_precision
+from interfuse.optimize import explain, optimize, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "get_precision", "nn", "ops", "precision", "set_precision"]
+__all__ = [
+    "__version__",
+    "explain",
+    "get_precision",
+    "nn",
+    "ops",
+    "optimize",
+    "precision",
+    "restore",
+    "set_precision",
+]

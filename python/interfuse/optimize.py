@@ -25,17 +25,23 @@ PATTERNS: tuple[Pattern, ...] = (ConvPool(),)
 REPORT = "_interfuse_report"  # on the model that optimize() was given: what was measured, by site
 
 
-def optimize(model: Model, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None, *,
-             seconds: float = 5.0) -> Model:
-    """Puts fused ops in the model's place of chains such as convolution, activation, pool, and returns the model.
+def optimize(
+    model: Model,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    seconds: float = 5.0,
+) -> Model:
+    """Puts fused ops in the model's place of chains such as convolution, activation, pool, and returns the
+    model.
 
-    The model itself is changed: the modules whose methods contain such a chain get a `forward` of their own on the
-    instance. Parameters, state_dict, types, hooks, deepcopy, pickling and training go on as before, and
-    `restore(model)` takes everything off again. `explain(model)` says what was done and why the rest was not.
+    The model itself is changed: the modules whose methods contain such a chain get a `forward` of their own
+    on the instance. Parameters, state_dict, types, hooks, deepcopy, pickling and training go on as before,
+    and `restore(model)` takes everything off again. `explain(model)` says what was done and why the rest was
+    not.
 
     Without example inputs, every chain is fused of which it can be shown that nothing else reads the values
-    between. With them, each of those, and each lone convolution, is verified and timed in the running model, and
-    kept only where it is faster, separately for inference and for training.
+    between. With them, each of those, and each lone convolution, is verified and timed in the running model,
+    and kept only where it is faster, separately for inference and for training.
 
     Args:
         model: any module. Optimise before torch.compile, torch.export, DDP or FSDP.
@@ -45,14 +51,20 @@ def optimize(model: Model, example_inputs: Tensor | Sequence[Any] | Mapping[str,
     _check_model("optimize", model)
     if example_inputs is not None and not isinstance(example_inputs, (Tensor, list, tuple, Mapping)):
         raise TypeError(
-            "optimize: example_inputs must be a tensor, a tuple or list of positional arguments, or a dict of "
-            f"keyword arguments for the model; got {type(example_inputs).__name__}.")
+            "optimize: example_inputs must be a tensor, a tuple or list of positional arguments, or a dict "
+            f"of keyword arguments for the model; got {type(example_inputs).__name__}."
+        )
     plan = make_plan(model, PATTERNS)
     if example_inputs is None:
         known = _sites(plan)
-        rejected = {identity for identity, outcome in model.__dict__.get(REPORT, {}).items() if outcome.refusal}
-        chosen = {c.identity: known.get(c.identity) or Site(c.pattern) for c in plan.candidates
-                  if c.identity in known or (c.match.enabled and c.identity not in rejected)}
+        rejected = {
+            identity for identity, outcome in model.__dict__.get(REPORT, {}).items() if outcome.refusal
+        }
+        chosen = {
+            c.identity: known.get(c.identity) or Site(c.pattern)
+            for c in plan.candidates
+            if c.identity in known or (c.match.enabled and c.identity not in rejected)
+        }
         _bind(plan, chosen)
         return model
     restore(model)
@@ -61,8 +73,9 @@ def optimize(model: Model, example_inputs: Tensor | Sequence[Any] | Mapping[str,
     return model
 
 
-def _measured(model: nn.Module, plan: Plan, sites: dict[Identity, Site], examples: Examples,
-              seconds: float) -> dict[Identity, Outcome]:
+def _measured(
+    model: nn.Module, plan: Plan, sites: dict[Identity, Site], examples: Examples, seconds: float
+) -> dict[Identity, Outcome]:
     """Binds the sites that pay, and returns what was found of each."""
     _bind(plan, sites)
     outcomes = try_sites(model, list(sites.values()), examples, seconds)
@@ -72,7 +85,9 @@ def _measured(model: nn.Module, plan: Plan, sites: dict[Identity, Site], example
     for identity in sites.keys() - paying.keys():
         report[identity].refusal = report[identity].refusal or "the model's own calls are as fast, or faster"
     if paying:
-        reason = whole_model(model, examples, lambda: _bind(plan, paying), lambda: _unbind(model), seconds / 2)
+        reason = whole_model(
+            model, examples, lambda: _bind(plan, paying), lambda: _unbind(model), seconds / 2
+        )
         _unbind(model)
         if reason is None:
             _bind(plan, paying)
@@ -83,7 +98,8 @@ def _measured(model: nn.Module, plan: Plan, sites: dict[Identity, Site], example
 
 
 def restore(model: Model) -> Model:
-    """Takes off everything that optimize() put on the model or on a part of it; a model without is left as it is."""
+    """Takes off everything that optimize() put on the model or on a part of it; a model without is left as it
+    is."""
     _check_model("restore", model)
     _unbind(model)
     for module in model.modules():
@@ -92,9 +108,11 @@ def restore(model: Model) -> Model:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What optimize() has done, or would do, with each module it has a fused op for, and why not with the others.
+    """What optimize() has done, or would do, with each module it has a fused op for, and why not with the
+    others.
 
-    Print it for a table, or look at its `rows`. Which kernel runs a site is known once the model has been called.
+    Print it for a table, or look at its `rows`. Which kernel runs a site is known once the model has been
+    called.
     """
     _check_model("explain", model)
     plan = make_plan(model, PATTERNS)
@@ -124,8 +142,11 @@ def _row(c: Candidate, site: Site | None, outcome: Outcome | None) -> Row:
         kernel, why_not = c.pattern.kernel(site.seen)
     if kernel is None:
         return Row(c.name, c.match.text, c.where, False, "", "no kernel takes it", why_not, *times)
-    only = "" if site.inference and site.training else (
-        "in inference only" if site.inference else "in training only")
+    only = (
+        ""
+        if site.inference and site.training
+        else ("in inference only" if site.inference else "in training only")
+    )
     return Row(c.name, c.match.text, c.where, True, kernel, only, why_not, *times)
 
 

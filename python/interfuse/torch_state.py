@@ -11,17 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 __all__ = [
+    "TRACED_TENSORS",
+    "OptimizedModule",
     "SingleLevelFunction",
     "apply_at_this_level",
+    "children",
+    "has_hooks",
     "has_tangent",
     "is_plain_eager",
     "is_plain_tensor",
+    "is_tracing",
+    "is_untouched",
+    "is_watched_globally",
     "redispatch_below_autograd",
 ]
 
@@ -80,3 +96,54 @@ def redispatch_below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+# What tracers and exporters pass through a model in the place of tensors.
+TRACED_TENSORS = (FakeTensor, FunctionalTensor)
+
+
+def children(module: Module) -> list[tuple[str, Module]]:
+    """The children that are there, by name, in order. (named_children leaves out those that come twice.)"""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is recording."""
+    return _tracing_state() is not None
+
+
+def has_hooks(module: Module) -> bool:
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def is_watched_globally() -> bool:
+    return bool(
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    )
+
+
+def is_untouched(module: Module, forward: object) -> bool:
+    """Whether calling the module means calling this forward of its class, with nothing looking on."""
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or "forward" in state
+        or "_conv_forward" in state
+        or type(module).forward is not forward
+    )

@@ -1,22 +1,26 @@
 """The callables that optimize() puts on instances, in the place of `forward` or of another method.
 
-They live in the instance's `__dict__`, so type(m), the parameters, the hooks and the state_dict stay what they were,
-and removing them puts everything back. They hold the module strongly, as a bound method would, and leave it to
-deepcopy's and pickle's own memory to give a copied module a callable that holds the copy.
+They live in the instance's `__dict__`, so type(m), the parameters, the hooks and the state_dict stay what
+they were, and removing them puts everything back. They hold the module strongly, as a bound method would, and
+leave it to deepcopy's and pickle's own memory to give a copied module a callable that holds the copy.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from interfuse import torch_state
 from interfuse.rewrite import source
 from interfuse.rewrite.chains import Chain, Place, Reading
-from interfuse.rewrite.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from interfuse.rewrite.site import Site
 
 
 class Bound:
@@ -47,7 +51,8 @@ class Bound:
 
 
 class SequentialForward(Bound):
-    """nn.Sequential's forward with sites at some children, by name. The children are walked as they are now."""
+    """nn.Sequential's forward with sites at some children, by name. The children are walked as they are
+    now."""
 
     def __init__(self, owner: nn.Module, lengths: dict[str, int], sites: dict[str, Site]):
         self.owner = owner
@@ -56,7 +61,7 @@ class SequentialForward(Bound):
         self.sites = sites
 
     def __call__(self, input: Any) -> Any:  # noqa: A002  (nn.Sequential's own name)
-        children = list(self.owner._modules.items())  # noqa: SLF001  (named_children leaves repeated ones out)
+        children = torch_state.children(self.owner)
         at = 0
         while at < len(children):
             name, child = children[at]
@@ -117,7 +122,9 @@ def rewritten(read: source.Source, lengths: dict[Place, int], sites: dict[Place,
     for name, place in names.items():
         chain = reading.chain(starts[place])
         if isinstance(chain, str) or len(chain.links) < lengths[place]:
-            raise LookupError(f"{read.function.__qualname__} has no chain of {lengths[place]} calls at {place}.")
+            raise LookupError(
+                f"{read.function.__qualname__} has no chain of {lengths[place]} calls at {place}."
+            )
         chains.append((chain, lengths[place], name))
     for chain, length, name in chains:
         reading.replace(chain, length, name)

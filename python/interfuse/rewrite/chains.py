@@ -5,34 +5,55 @@ A chain is `self.pool(F.relu(self.conv(x)))`, `self.conv(x).relu()`, or the same
     x = self.conv(x)
     x = F.relu(x)
 
-In the nested form the values between have no name, so nothing else can read them. In the second form it has to be
-shown that the variable dies: the next statement reads it once and then overwrites it or returns, or it is read
-nowhere else in the function. Wherever that cannot be shown, the chain ends there, and says why.
+In the nested form the values between have no name, so nothing else can read them. In the second form it has
+to be shown that the variable dies: the next statement reads it once and then overwrites it or returns, or it
+is read nowhere else in the function. Wherever that cannot be shown, the chain ends there, and says why.
 
-Rewriting replaces the outermost call of a chain by one call of a site, which is given the same callees, looked up
-at the same moment, and the same arguments. Everything around it (branches, loops, context managers, training
-flags) stays the code that it was.
+Rewriting replaces the outermost call of a chain by one call of a site, which is given the same callees,
+looked up at the same moment, and the same arguments. Everything around it (branches, loops, context managers,
+training flags) stays the code that it was.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Where a call stands in a function: line (counted from the def), column, last line, last column.
 Place = tuple[int, int, int, int]
 
 READS_LOCALS = ("locals", "vars", "dir", "eval", "exec")
-SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp,
-          ast.GeneratorExp)
+SCOPES = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.Lambda,
+    ast.ClassDef,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
 # What may stand between a statement and the variable it reads, such that the variable is always read.
-TRANSPARENT = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.List, ast.keyword)
+TRANSPARENT = (
+    ast.Call,
+    ast.Attribute,
+    ast.Subscript,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.Tuple,
+    ast.List,
+    ast.keyword,
+)
 
 
 @dataclass(frozen=True)
 class Link:
-    """One call of a chain. The first argument, or the object of a method, is the value from the link before."""
+    """One call of a chain. The first argument, or the object of a method, is the value from the link
+    before."""
 
     call: ast.Call
     callee: ast.expr | None  # None: a method of the value, named `method`
@@ -61,8 +82,9 @@ class Reading:
         self.nodes = [node for statement in tree.body for node in ast.walk(statement)]
         self.names = [node for node in self.nodes if isinstance(node, ast.Name)]
         self.reads_locals = any(node.id in READS_LOCALS for node in self.names)
-        self.shared = {name for node in self.nodes if isinstance(node, (ast.Global, ast.Nonlocal))
-                       for name in node.names}
+        self.shared = {
+            name for node in self.nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names
+        }
 
     def calls(self) -> Iterator[ast.Call]:
         """The calls in the function itself, in the order of the text."""
@@ -71,7 +93,12 @@ class Reading:
 
     def place(self, call: ast.Call) -> Place:
         first = self.tree.lineno
-        return (call.lineno - first, call.col_offset, (call.end_lineno or first) - first, call.end_col_offset or 0)
+        return (
+            call.lineno - first,
+            call.col_offset,
+            (call.end_lineno or first) - first,
+            call.end_col_offset or 0,
+        )
 
     def chain(self, start: ast.Call) -> Chain | str:
         """The chain that begins with this call, or why the call itself cannot be replaced."""
@@ -103,7 +130,9 @@ class Reading:
             return f"its value is stored as {', '.join(map(ast.unparse, targets))} (line {parent.lineno})"
         if isinstance(parent, ast.Return):
             return f"its value is returned (line {parent.lineno})"
-        return f"its value goes into {clip(ast.unparse(parent))} (line {getattr(parent, 'lineno', node.lineno)})"
+        return (
+            f"its value goes into {clip(ast.unparse(parent))} (line {getattr(parent, 'lineno', node.lineno)})"
+        )
 
     def _through_variable(self, store: ast.stmt, name: str) -> Link | str:
         """The consumer of a value that is assigned to a variable: only if the variable is dead afterwards."""
@@ -151,9 +180,13 @@ class Reading:
         """Whether nothing can read the variable once this statement has run."""
         if isinstance(statement, ast.Return):
             return True
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]  # type: ignore[attr-defined]
-        if not isinstance(statement, ast.AugAssign) and any(
-                isinstance(t, ast.Name) and t.id == name for t in targets):
+        targets: list[ast.expr] = []
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        names = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        if any(isinstance(t, ast.Name) and t.id == name for t in names):
             return True
         others = [n for n in self.names if n.id == name and not isinstance(n.ctx, ast.Load)]
         return len(loads) == 1 and len(others) == 1
@@ -205,11 +238,18 @@ class Reading:
         ast.fix_missing_locations(ast.copy_location(outermost.func, outermost))
 
 
-def _link(call: ast.Call, callee: ast.expr | None, method: str | None, arguments: list[ast.expr],
-          dropped: ast.stmt | None) -> Link | str:
+def _link(
+    call: ast.Call,
+    callee: ast.expr | None,
+    method: str | None,
+    arguments: list[ast.expr],
+    dropped: ast.stmt | None,
+) -> Link | str:
     values = [*arguments, *(k.value for k in call.keywords)]
     if any(k.arg is None for k in call.keywords) or not all(map(is_load, values)):
-        return f"the arguments of {clip(ast.unparse(call.func))} are computed in the call (line {call.lineno})"
+        return (
+            f"the arguments of {clip(ast.unparse(call.func))} are computed in the call (line {call.lineno})"
+        )
     return Link(call, callee, method, tuple(arguments), tuple(call.keywords), dropped)
 
 

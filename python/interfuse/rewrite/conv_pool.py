@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from interfuse.dispatch import choose, refusals
 from interfuse.numerics import get_precision
@@ -16,20 +14,34 @@ from interfuse.ops import conv_pool_native as native
 from interfuse.ops.conv_pool import IMPLEMENTATIONS, conv_pool, pad_by_mode
 from interfuse.ops.conv_pool_problem import DTYPES, check, resolve
 from interfuse.rewrite.known import (
-    ACTIVATION_FUNCTIONS,
     CONVOLUTIONS,
     FORWARDS,
     PLAIN_TENSORS,
-    POOL_FUNCTIONS,
-    POOL_MODULES,
     Activation,
     Pool,
     activation_of,
     pool_of,
     touched,
-    untouched,
 )
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+from interfuse.torch_state import is_untouched
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMALISATIONS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 # What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -37,8 +49,15 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What conv_pool takes where a site says nothing.
 CALL_DEFAULTS: dict[str, Any] = {
-    "activation": None, "negative_slope": 0.01, "pool": None, "pool_size": 2, "pool_stride": None, "pool_padding": 0,
-    "ceil_mode": False, "count_include_pad": True}
+    "activation": None,
+    "negative_slope": 0.01,
+    "pool": None,
+    "pool_size": 2,
+    "pool_stride": None,
+    "pool_padding": 0,
+    "ceil_mode": False,
+    "count_include_pad": True,
+}
 
 
 class Seen(NamedTuple):
@@ -51,16 +70,16 @@ class Seen(NamedTuple):
     save: bool
 
 
-
-
 class ConvPool:
     """conv_pool's part in optimize()."""
 
     op = "conv_pool"
 
     def anchors(self, module: nn.Module) -> bool:
-        return isinstance(module, _ConvNd) or type(module).__module__.startswith("torch.ao.nn") and "conv" in type(
-            module).__module__
+        where = type(module).__module__
+        return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or (
+            where.startswith("torch.ao.nn") and where.endswith("conv")
+        )
 
     def refuse(self, module: nn.Module) -> str | None:
         if type(module) not in CONVOLUTIONS:
@@ -98,14 +117,24 @@ class ConvPool:
     def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
         conv, arguments, keywords = links[0]
         spatial = CONVOLUTIONS.get(type(conv))
-        if (spatial is None or arguments or keywords or type(value) not in PLAIN_TENSORS
-                or not untouched(conv, FORWARDS[type(conv)])):
+        if (
+            spatial is None
+            or arguments
+            or keywords
+            or type(value) not in PLAIN_TENSORS
+            or not is_untouched(conv, FORWARDS[type(conv)])
+        ):
             return None
         weight, bias = conv.weight, conv.bias
         if not _fits(value, weight, bias, conv.groups, spatial):
             return None
-        settings = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation,
-                    "groups": conv.groups, "padding_mode": conv.padding_mode}
+        settings = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "padding_mode": conv.padding_mode,
+        }
         activation = pool = None
         for callee, arguments, keywords in links[1:]:
             if activation is None and (found := activation_of(callee, arguments, keywords)) is not None:
@@ -124,9 +153,14 @@ class ConvPool:
         if pool is not None:
             if pool.spatial != spatial:
                 return None
-            settings |= {"pool": pool.kind, "pool_size": pool.size, "pool_stride": pool.stride,
-                         "pool_padding": pool.padding, "ceil_mode": pool.ceil_mode,
-                         "count_include_pad": pool.count_include_pad}
+            settings |= {
+                "pool": pool.kind,
+                "pool_size": pool.size,
+                "pool_stride": pool.stride,
+                "pool_padding": pool.padding,
+                "ceil_mode": pool.ceil_mode,
+                "count_include_pad": pool.count_include_pad,
+            }
         return Call((value, weight, bias), settings)
 
     def run(self, call: Call) -> Tensor:
@@ -139,7 +173,11 @@ class ConvPool:
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
         def meta(t: tuple[Any, Any, torch.dtype] | None) -> Tensor | None:
-            return None if t is None else torch.empty_strided(t[0], t[1], dtype=seen.autocast or t[2], device="meta")
+            return (
+                None
+                if t is None
+                else torch.empty_strided(t[0], t[1], dtype=seen.autocast or t[2], device="meta")
+            )
 
         x, weight, bias = map(meta, seen.tensors)
         if x is None or weight is None:
@@ -152,7 +190,7 @@ class ConvPool:
             x, params = pad_by_mode(x, params, mode)
         problem = replace(check(x, weight, bias, params, seen.save), device=seen.device)
         chosen = choose(IMPLEMENTATIONS, problem)
-        before = IMPLEMENTATIONS[:IMPLEMENTATIONS.index(chosen)]
+        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
         why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
         if chosen.name == "native":
             return "native, {}: {}".format(*native.describe(problem)), why_not
@@ -160,7 +198,8 @@ class ConvPool:
 
 
 def _fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:
-    """Whether the op computes this. What it does not, the modules themselves compute, or say what is wrong."""
+    """Whether the op computes this. What it does not, the modules themselves compute, or say what is
+    wrong."""
     if type(weight) not in PLAIN_TENSORS or (bias is not None and type(bias) not in PLAIN_TENSORS):
         return False
     if value.dim() - spatial not in (1, 2) or value.shape[-spatial - 1] != weight.shape[1] * groups:
@@ -185,7 +224,7 @@ def _why_not_type(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{name} has no weight yet: call the model once, then optimise it"
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, TRANSPOSED):
         return f"{name} is a transposed convolution, which has no fused kernel"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrised, so that it is computed anew at every call"
@@ -195,13 +234,17 @@ def _why_not_type(module: nn.Module) -> str:
 
 
 def _first_activation(links: Sequence[StaticLink], at: int) -> Activation | None:
-    found = (_try(activation_of, callee, links[at]) for callee in links[at].callees) if at < len(links) else ()
+    found = (
+        (_try(activation_of, callee, links[at]) for callee in links[at].callees) if at < len(links) else ()
+    )
     return next((f for f in found if isinstance(f, Activation)), None)
 
 
 def _first_pool(links: Sequence[StaticLink], at: int, spatial: int) -> Pool | str | None:
     found = [_try(pool_of, callee, links[at]) for callee in links[at].callees] if at < len(links) else []
-    return next((f for f in found if isinstance(f, str) or (isinstance(f, Pool) and f.spatial == spatial)), None)
+    return next(
+        (f for f in found if isinstance(f, str) or (isinstance(f, Pool) and f.spatial == spatial)), None
+    )
 
 
 def _try(read: Any, callee: Any, link: StaticLink) -> Any:
@@ -217,8 +260,8 @@ def _why_not_link(link: StaticLink) -> str:
             watched = touched(callee)
             if watched:
                 return f"{link.text}, which follows, {watched}"
-            if isinstance(callee, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+            if isinstance(callee, NORMALISATIONS):
                 return f"{link.text} follows; normalisation is not folded into convolutions"
-            if isinstance(callee, nn.modules.dropout._DropoutNd):  # noqa: SLF001
+            if isinstance(callee, DROPOUTS):
                 return f"{link.text} follows, which reads the value in training"
     return f"{link.text} follows, which is no activation or pool of the kernel's"

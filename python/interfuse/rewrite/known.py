@@ -1,8 +1,8 @@
 """What torch's own modules and functions compute, read at the moment of the call.
 
-Ops plug in here by kind: which callees are activations, which are poolings, and what their settings say. A module
-counts only if its type is exactly torch's, its forward is torch's, and nothing watches or changes it: `untouched`
-is asked at every call, so that a hook registered after optimize() is honoured.
+Ops plug in here by kind: which callees are activations, which are poolings, and what their settings say. A
+module counts only if its type is exactly torch's, its forward is torch's, and nothing watches or changes it:
+`is_untouched` is asked at every call, so that a hook registered after optimize() is honoured.
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+
+from interfuse.torch_state import TRACED_TENSORS, has_hooks, is_untouched, is_watched_globally
 
 # Tensors that an op of ours can take. Other subclasses (DTensor, user types) may mean something else by a
 # convolution; tracers and exporters bring the two beside Tensor.
-PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, *TRACED_TENSORS})
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -34,7 +28,7 @@ Keywords = Mapping[str, Any]
 
 class Activation(NamedTuple):
     name: str
-    slope: float = 0.01
+    slope: Any = 0.01  # whatever the module or the call says
 
     @property
     def increasing(self) -> bool:
@@ -54,34 +48,25 @@ class Pool(NamedTuple):
     count_include_pad: bool
 
 
-def untouched(module: nn.Module, forward: object) -> bool:
-    """Whether calling the module is calling this forward of its class, and nothing else looks on."""
-    state = module.__dict__
-    return not (
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-        or state["_backward_pre_hooks"] or _global_forward_hooks or _global_forward_pre_hooks
-        or _global_backward_hooks or _global_backward_pre_hooks
-        or "forward" in state or "_conv_forward" in state or type(module).forward is not forward
-    )
-
-
 def touched(module: nn.Module) -> str | None:
-    """Why `untouched` says no, for the report."""
+    """Why `is_untouched` says no, for the report."""
     state = module.__dict__
-    if any(state[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                                    "_backward_pre_hooks")):
+    if has_hooks(module):
         return "has hooks"
-    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+    if is_watched_globally():
         return "is watched by a global module hook"
     if "forward" in state or "_conv_forward" in state:
         return "has a forward of its own on the instance"
     forward = FORWARDS.get(type(module))
-    if forward is not None and (type(module).forward is not forward or not forward.__module__.startswith("torch.")):
+    if forward is not None and (
+        type(module).forward is not forward or not forward.__module__.startswith("torch.")
+    ):
         return "is of a class whose forward was replaced"
     return None
 
 
 # Modules, by exact type: how to read an activation or a pool from one.
+
 
 def _gelu(m: Any) -> Activation:
     return Activation("gelu_tanh" if m.approximate == "tanh" else "gelu")
@@ -89,19 +74,32 @@ def _gelu(m: Any) -> Activation:
 
 def _max_pool(spatial: int) -> Callable[[Any], Pool | str]:
     def read(m: Any) -> Pool | str:
-        return max_pool(spatial, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+        return max_pool(
+            spatial, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+        )
+
     return read
 
 
 def _avg_pool(spatial: int) -> Callable[[Any], Pool | str]:
     def read(m: Any) -> Pool | str:
         divisor = getattr(m, "divisor_override", None)
-        return avg_pool(spatial, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
+        return avg_pool(
+            spatial, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor
+        )
+
     return read
 
 
-def max_pool(spatial: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-             ceil_mode: bool = False, return_indices: bool = False) -> Pool | str:
+def max_pool(
+    spatial: int,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Pool | str:
     if return_indices:
         return "returns the indices of its maxima"
     if dilation not in (1, (1,) * spatial, [1] * spatial):
@@ -109,8 +107,15 @@ def max_pool(spatial: int, kernel_size: Any, stride: Any = None, padding: Any = 
     return Pool("max", spatial, kernel_size, stride or None, padding, ceil_mode, True)
 
 
-def avg_pool(spatial: int, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-             count_include_pad: bool = True, divisor_override: Any = None) -> Pool | str:
+def avg_pool(
+    spatial: int,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Pool | str:
     if divisor_override is not None:
         return "has a divisor of its own"
     return Pool("avg", spatial, kernel_size, stride or None, padding, ceil_mode, count_include_pad)
@@ -125,15 +130,21 @@ ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Sigmoid: lambda m: Activation("sigmoid"),
 }
 POOL_MODULES: dict[type[nn.Module], Callable[[Any], Pool | str]] = {
-    nn.MaxPool1d: _max_pool(1), nn.MaxPool2d: _max_pool(2), nn.MaxPool3d: _max_pool(3),
-    nn.AvgPool1d: _avg_pool(1), nn.AvgPool2d: _avg_pool(2), nn.AvgPool3d: _avg_pool(3),
+    nn.MaxPool1d: _max_pool(1),
+    nn.MaxPool2d: _max_pool(2),
+    nn.MaxPool3d: _max_pool(3),
+    nn.AvgPool1d: _avg_pool(1),
+    nn.AvgPool2d: _avg_pool(2),
+    nn.AvgPool3d: _avg_pool(3),
 }
 # Each class's forward as it was when we were imported. One that another library replaces later is not ours.
 FORWARDS: dict[type[nn.Module], Any] = {
-    cls: cls.forward for cls in (*CONVOLUTIONS, *ACTIVATION_MODULES, *POOL_MODULES)}
+    cls: cls.forward for cls in (*CONVOLUTIONS, *ACTIVATION_MODULES, *POOL_MODULES)
+}
 
 
 # Functions, and methods by name: the reader takes the arguments after the value, as the function itself does.
+
 
 def _relu(inplace: bool = False) -> Activation:
     return Activation("relu")
@@ -156,33 +167,65 @@ def _plain(name: str) -> Callable[[], Activation]:
 
 
 def _functional_max_pool(spatial: int) -> Callable[..., Pool | str]:
-    def read(kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-             return_indices: bool = False) -> Pool | str:
+    def read(
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Pool | str:
         return max_pool(spatial, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
     return read
 
 
 def _functional_avg_pool(spatial: int) -> Callable[..., Pool | str]:
-    def read(kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-             count_include_pad: bool = True, divisor_override: Any = None) -> Pool | str:
+    def read(
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: Any = None,
+    ) -> Pool | str:
         return avg_pool(spatial, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
     return read
 
 
 ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
-    F.relu: _relu, F.leaky_relu: _leaky_relu, F.gelu: _functional_gelu, F.silu: _silu,
-    torch.relu: _plain("relu"), torch.relu_: _plain("relu"), F.relu_: _plain("relu"),
-    torch.tanh: _plain("tanh"), torch.tanh_: _plain("tanh"), F.tanh: _plain("tanh"),
-    torch.sigmoid: _plain("sigmoid"), torch.sigmoid_: _plain("sigmoid"), F.sigmoid: _plain("sigmoid"),
-    "relu": _plain("relu"), "relu_": _plain("relu"), "tanh": _plain("tanh"), "tanh_": _plain("tanh"),
-    "sigmoid": _plain("sigmoid"), "sigmoid_": _plain("sigmoid"),
+    F.relu: _relu,
+    F.leaky_relu: _leaky_relu,
+    F.gelu: _functional_gelu,
+    F.silu: _silu,
+    torch.relu: _plain("relu"),
+    torch.relu_: _plain("relu"),
+    F.relu_: _plain("relu"),
+    torch.tanh: _plain("tanh"),
+    torch.tanh_: _plain("tanh"),
+    F.tanh: _plain("tanh"),
+    torch.sigmoid: _plain("sigmoid"),
+    torch.sigmoid_: _plain("sigmoid"),
+    F.sigmoid: _plain("sigmoid"),
+    "relu": _plain("relu"),
+    "relu_": _plain("relu"),
+    "tanh": _plain("tanh"),
+    "tanh_": _plain("tanh"),
+    "sigmoid": _plain("sigmoid"),
+    "sigmoid_": _plain("sigmoid"),
 }
 POOL_FUNCTIONS: dict[Any, Callable[..., Pool | str]] = {
-    F.max_pool1d: _functional_max_pool(1), F.max_pool2d: _functional_max_pool(2),
-    F.max_pool3d: _functional_max_pool(3), torch.max_pool1d: _functional_max_pool(1),
-    torch.max_pool2d: _functional_max_pool(2), torch.max_pool3d: _functional_max_pool(3),
-    F.avg_pool1d: _functional_avg_pool(1), F.avg_pool2d: _functional_avg_pool(2),
-    F.avg_pool3d: _functional_avg_pool(3), torch.avg_pool1d: _functional_avg_pool(1),
+    F.max_pool1d: _functional_max_pool(1),
+    F.max_pool2d: _functional_max_pool(2),
+    F.max_pool3d: _functional_max_pool(3),
+    torch.max_pool1d: _functional_max_pool(1),
+    torch.max_pool2d: _functional_max_pool(2),
+    torch.max_pool3d: _functional_max_pool(3),
+    F.avg_pool1d: _functional_avg_pool(1),
+    F.avg_pool2d: _functional_avg_pool(2),
+    F.avg_pool3d: _functional_avg_pool(3),
+    torch.avg_pool1d: _functional_avg_pool(1),
 }
 
 
@@ -190,7 +233,7 @@ def activation_of(callee: Any, arguments: Arguments, keywords: Keywords) -> Acti
     """The activation that calling this computes now, or None."""
     read = ACTIVATION_MODULES.get(type(callee))
     if read is not None:
-        if arguments or keywords or not untouched(callee, FORWARDS[type(callee)]):
+        if arguments or keywords or not is_untouched(callee, FORWARDS[type(callee)]):
             return None
         return read(callee)
     function = None if isinstance(callee, nn.Module) else ACTIVATION_FUNCTIONS.get(callee)
@@ -201,7 +244,7 @@ def pool_of(callee: Any, arguments: Arguments, keywords: Keywords) -> Pool | str
     """The pool that calling this computes now, the reason why it is one we cannot take over, or None."""
     read = POOL_MODULES.get(type(callee))
     if read is not None:
-        if arguments or keywords or not untouched(callee, FORWARDS[type(callee)]):
+        if arguments or keywords or not is_untouched(callee, FORWARDS[type(callee)]):
             return None
         return read(callee)
     function = None if isinstance(callee, nn.Module) else POOL_FUNCTIONS.get(callee)

@@ -1,9 +1,9 @@
 """Verifies and times the sites of a model while it runs on example inputs.
 
-Each site is tried at the moment the model reaches it, on the value it is given there: the plain calls and the fused
-call are run side by side, compared with each other and with float64, and timed in turns. So every site meets the
-shapes, strides and settings that it will meet in use, and only one site's tensors are held at a time. Then the model
-as a whole is compared and timed, with and without what was put on it.
+Each site is tried at the moment the model reaches it, on the value it is given there: the plain calls and the
+fused call are run side by side, compared with each other and with float64, and timed in turns. So every site
+meets the shapes, strides and settings that it will meet in use, and only one site's tensors are held at a
+time. Then the model as a whole is compared and timed, with and without what was put on it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from interfuse.rewrite.site import Call, LiveLink, Site, run_plainly, wants_gradient
 
-# What rounding may do, in relative Frobenius norm against float64, where torch's own error is smaller. float32 may
-# go through Winograd. In gradients a maximum may win over another that equals it but for rounding, which moves
-# whole entries.
+# What rounding may do, in relative Frobenius norm against float64, where torch's own error is smaller.
+# float32 may go through Winograd. In gradients a maximum may win over another that equals it but for
+# rounding, which moves whole entries.
 VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 FASTER = 0.98  # a site must take less than this of the plain calls' time
@@ -102,14 +102,18 @@ class TrySite:
         return run_plainly(links, value)
 
     def _differs(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> str | None:
-        leaves = [t.detach().requires_grad_(t.requires_grad) if i == 0 and t is not None else t
-                  for i, t in enumerate(call.tensors)]
+        leaves = [
+            t.detach().requires_grad_(t.requires_grad) if i == 0 and t is not None else t
+            for i, t in enumerate(call.tensors)
+        ]
         call = call._replace(tensors=tuple(leaves))
         double = call._replace(tensors=tuple(None if t is None else _exact_leaf(t) for t in leaves))
         plain, fused, truth = run_plainly(links, leaves[0]), site.pattern.run(call), site.pattern.run(double)
         if fused.shape != plain.shape or fused.dtype != plain.dtype or fused.stride() != plain.stride():
-            return (f"the kernel gives {_form(fused)} where the model gives {_form(plain)}, which later code "
-                    "could notice")
+            return (
+                f"the kernel gives {_form(fused)} where the model gives {_form(plain)}, which later code "
+                "could notice"
+            )
         tolerance = VALUE_TOLERANCE[plain.dtype]
         ours, theirs = relative_error(fused, truth), relative_error(plain, truth)
         outcome.error = max(outcome.error, ours)
@@ -120,8 +124,12 @@ class TrySite:
             return None
         grad = torch.randn_like(plain)
         tolerance = GRADIENT_TOLERANCE[plain.dtype]
-        for mine, own, exact in zip(_gradients(fused, leaves, wanted, grad), _gradients(plain, leaves, wanted, grad),
-                                    _gradients(truth, double.tensors, wanted, grad.double()), strict=True):
+        for mine, own, exact in zip(
+            _gradients(fused, leaves, wanted, grad),
+            _gradients(plain, leaves, wanted, grad),
+            _gradients(truth, double.tensors, wanted, grad.double()),
+            strict=True,
+        ):
             ours, theirs = relative_error(mine, exact), relative_error(own, exact)
             if ours > max(2 * theirs, tolerance):
                 return f"its gradient's error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
@@ -130,8 +138,12 @@ class TrySite:
     def _time(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> None:
         value = call.tensors[0]
         with torch.no_grad():
-            outcome.add("inference", *in_turns(
-                lambda: run_plainly(links, value), lambda: site.pattern.run(call), self.seconds, value))
+            outcome.add(
+                "inference",
+                *in_turns(
+                    lambda: run_plainly(links, value), lambda: site.pattern.run(call), self.seconds, value
+                ),
+            )
         if not wants_gradient(call):
             return
         if value is not None and value.requires_grad:
@@ -139,16 +151,24 @@ class TrySite:
         leaves = call.tensors
         wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
         grad = torch.ones_like(run_plainly(links, leaves[0]))
-        outcome.add("training", *in_turns(
-            lambda: _gradients(run_plainly(links, leaves[0]), leaves, wanted, grad),
-            lambda: _gradients(site.pattern.run(call), leaves, wanted, grad), self.seconds, value))
+        outcome.add(
+            "training",
+            *in_turns(
+                lambda: _gradients(run_plainly(links, leaves[0]), leaves, wanted, grad),
+                lambda: _gradients(site.pattern.run(call), leaves, wanted, grad),
+                self.seconds,
+                value,
+            ),
+        )
 
 
 def _exact_leaf(t: Tensor) -> Tensor:
     return t.detach().double().requires_grad_(t.requires_grad)
 
 
-def _gradients(y: Tensor, leaves: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor) -> Sequence[Tensor]:
+def _gradients(
+    y: Tensor, leaves: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
+) -> Sequence[Tensor]:
     return torch.autograd.grad(y, [t for i in wanted if (t := leaves[i]) is not None], grad)
 
 
@@ -157,7 +177,8 @@ def _form(t: Tensor) -> str:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """In the Frobenius norm, over the finite entries; infinite where the two are not finite in the same places."""
+    """In the Frobenius norm, over the finite entries; infinite where the two are not finite in the same
+    places."""
     got, exact = got.detach().double(), exact.detach().double()
     finite = exact.isfinite()
     if not torch.equal(finite, got.isfinite()):
@@ -168,8 +189,9 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def in_turns(plain: Callable[[], object], fused: Callable[[], object], seconds: float,
-             like: Tensor | None) -> tuple[float, float]:
+def in_turns(
+    plain: Callable[[], object], fused: Callable[[], object], seconds: float, like: Tensor | None
+) -> tuple[float, float]:
     """Median times of two ways to do the same, run alternately so that both meet the same disturbances."""
     device = like.device if like is not None else torch.device("cpu")
     for _ in range(2):
@@ -192,8 +214,11 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def try_sites(model: nn.Module, sites: Sequence[Site], examples: Examples, seconds: float) -> dict[int, Outcome]:
-    """Runs the model once, measuring every site on the way; sets what each site may do; gives what was found."""
+def try_sites(
+    model: nn.Module, sites: Sequence[Site], examples: Examples, seconds: float
+) -> dict[int, Outcome]:
+    """Runs the model once, measuring every site on the way; sets what each site may do; gives what was
+    found."""
     trial = TrySite(seconds / max(1, 2 * len(sites)))
     for site in sites:
         site.trial = trial
@@ -214,8 +239,9 @@ def _faster(times: tuple[float, float] | None) -> bool:
     return times is not None and times[1] < FASTER * times[0]
 
 
-def whole_model(model: nn.Module, examples: Examples, put: Callable[[], None], take: Callable[[], None],
-                seconds: float) -> str | None:
+def whole_model(
+    model: nn.Module, examples: Examples, put: Callable[[], None], take: Callable[[], None], seconds: float
+) -> str | None:
     """Compares the model with what was put on it and without: the reason to take it off again, or None."""
     tensors = [t for t in tree_leaves((examples.args, dict(examples.kwargs))) if isinstance(t, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -234,10 +260,14 @@ def whole_model(model: nn.Module, examples: Examples, put: Callable[[], None], t
                 return f"the model's output changes by {error:.1e} (relative) with the fused sites"
         before, after = in_turns(lambda: run(take), lambda: run(put), seconds, torch.empty(0, device=device))
     if after > NOT_SLOWER * before:
-        return (f"the model as a whole is not faster with the fused sites ({1e3 * after:.3g} ms against "
-                f"{1e3 * before:.3g} ms)")
+        return (
+            f"the model as a whole is not faster with the fused sites ({1e3 * after:.3g} ms against "
+            f"{1e3 * before:.3g} ms)"
+        )
     return None
 
 
 def _floats(output: Any) -> list[Tensor]:
-    return [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [
+        t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
+    ]

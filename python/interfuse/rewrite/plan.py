@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable, Iterator, Sequence
+import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from interfuse import torch_state
 from interfuse.rewrite import source
 from interfuse.rewrite.bound import Bound
-from interfuse.rewrite.chains import Chain, Link, Reading, clip
+from interfuse.rewrite.chains import Link, Reading, clip
 from interfuse.rewrite.resolve import Resolver, methods_reached
 from interfuse.rewrite.site import UNKNOWN, Match, Pattern, StaticLink
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ class Planner:
             self._remember(mine, f"the forward of {type(module).__name__} was replaced on the instance")
         elif is_sequential(module):
             self._sequential(name, module)
-        elif not type(module).forward.__module__.startswith("torch.") and any(
-                id(m) in self.anchors for m in module.modules()):
+        elif not str(type(module).forward.__module__).startswith("torch.") and any(
+            id(m) in self.anchors for m in module.modules()
+        ):
             for method in list(methods_reached(module)):
                 self._method(name, module, method, mine)
             self._remember(mine, f"no direct call of it is seen in the forward of {type(module).__name__}")
@@ -107,7 +112,7 @@ class Planner:
             self.reasons.setdefault(id(anchor.module), reason)
 
     def _sequential(self, name: str, module: nn.Module) -> None:
-        children = list(module._modules.items())  # noqa: SLF001  (named_children leaves repeated ones out)
+        children = torch_state.children(module)
         links = [StaticLink((child,), (), {}, type(child).__name__) for _, child in children]
         at = 0
         while at < len(children):
@@ -118,7 +123,7 @@ class Planner:
                 continue
             label = f"{name}.{key}" if name else key
             end = f"it ends {name or type(module).__name__}; what reads its value stands outside"
-            match = anchor.pattern.match(links[at - 1:], end)
+            match = anchor.pattern.match(links[at - 1 :], end)
             self._found([anchor], match, module, name, "forward", key, label, type(module).__name__)
             if isinstance(match, Match):
                 at += match.length - 1
@@ -129,7 +134,7 @@ class Planner:
             return
         read = source.read(function)
         if isinstance(read, str):
-            self._remember(mine, f"{function.__qualname__} cannot be rewritten: {read}")
+            self._remember(mine, f"{type(owner).__name__}.{method} cannot be rewritten: {read}")
             return
         reading = Reading(read.tree)
         resolver = Resolver(owner, read, reading)
@@ -145,17 +150,27 @@ class Planner:
             links = [static_link(link, resolver) for link in chain.links]
             match = able[0].pattern.match(links, chain.end)
             label = able[0].name if len(able) == 1 else f"{able[0].name} ... {able[-1].name}"
-            where = f"{function.__qualname__}, line {call.lineno}"
+            where = f"{type(owner).__name__}.{method}, line {call.lineno}"
             self._found(able, match, owner, name, method, reading.place(call), label, where)
 
-    def _found(self, anchors: Sequence[Anchor], match: Match | str, owner: nn.Module, owner_name: str, method: str,
-               key: Hashable, label: str, where: str) -> None:
+    def _found(
+        self,
+        anchors: Sequence[Anchor],
+        match: Match | str,
+        owner: nn.Module,
+        owner_name: str,
+        method: str,
+        key: Hashable,
+        label: str,
+        where: str,
+    ) -> None:
         if isinstance(match, str):
             self._remember(anchors, match)
             return
         self.covered |= {id(anchor.module) for anchor in anchors}
         self.plan.candidates.append(
-            Candidate(owner, owner_name, method, key, anchors[0].pattern, match, label, where))
+            Candidate(owner, owner_name, method, key, anchors[0].pattern, match, label, where)
+        )
 
 
 def make_plan(model: nn.Module, patterns: Sequence[Pattern]) -> Plan:
@@ -163,13 +178,18 @@ def make_plan(model: nn.Module, patterns: Sequence[Pattern]) -> Plan:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether calling the module calls its children one after the other: by what it runs, whatever its name."""
+    """Whether calling the module calls its children one after the other: by what it runs, whatever its
+    name."""
     cls = type(module)
-    return isinstance(module, nn.Sequential) and cls.forward is SEQUENTIAL_FORWARD and cls.__iter__ is SEQUENTIAL_ITER
+    return (
+        isinstance(module, nn.Sequential)
+        and cls.forward is SEQUENTIAL_FORWARD
+        and inspect.getattr_static(cls, "__iter__") is SEQUENTIAL_ITER
+    )
 
 
 SEQUENTIAL_FORWARD = nn.Sequential.forward
-SEQUENTIAL_ITER = nn.Sequential.__iter__
+SEQUENTIAL_ITER = inspect.getattr_static(nn.Sequential, "__iter__")
 
 
 def static_link(link: Link, resolver: Resolver) -> StaticLink:
@@ -179,8 +199,12 @@ def static_link(link: Link, resolver: Resolver) -> StaticLink:
         text = type(callees[0]).__name__
     elif len(callees) == 1 and link.callee is not None:
         text = getattr(callees[0], "__name__", text)
-    return StaticLink(callees, tuple(map(_constant, link.arguments)),
-                      {str(k.arg): _constant(k.value) for k in link.keywords}, text)
+    return StaticLink(
+        callees,
+        tuple(map(_constant, link.arguments)),
+        {str(k.arg): _constant(k.value) for k in link.keywords},
+        text,
+    )
 
 
 def _constant(node: ast.expr) -> Any:
@@ -192,10 +216,10 @@ def _constant(node: ast.expr) -> Any:
 
 def _opaque(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript, which has no Python forward; optimise the model before scripting or tracing it"
+        return "it is TorchScript, which has no Python forward to look into"
     if isinstance(module, fx.GraphModule):
         return "it is a torch.fx graph, whose forward is generated; optimise the model before tracing it"
-    if isinstance(module, torch._dynamo.OptimizedModule):  # noqa: SLF001
+    if isinstance(module, torch_state.OptimizedModule):
         return "it is compiled; optimise the model first, then pass it to torch.compile"
     return None
 
@@ -206,6 +230,3 @@ def _held_by(module: nn.Module) -> Iterator[nn.Module]:
         yield child
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _held_by(child)
-
-
-__all__ = ["Candidate", "Chain", "Plan", "Refused", "make_plan"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
 class Row:
-    """One place in a model. `kernel` is the back end that runs it, once shapes are known, or why that is open;
-    `why_not` says why the back ends before it in the table do not. Times are (model's own, fused), in seconds."""
+    """One place in a model. `kernel` is the back end that runs it, once shapes are known, or why that is
+    open; `why_not` says why the back ends before it in the table do not. Times are (model's own, fused), in
+    seconds."""
 
     site: str
     calls: str
@@ -56,18 +60,27 @@ class Explanation:
         if not self.rows:
             return f"{self.model}: no module that interfuse has a fused op for"
         total = max(80, shutil.get_terminal_size((110, 24)).columns)
-        columns = [("site", [r.site for r in self.rows]), ("calls", [r.calls for r in self.rows]),
-                   ("where", [r.where for r in self.rows])]
+        columns = [
+            ("site", [r.site for r in self.rows]),
+            ("calls", [r.calls for r in self.rows]),
+            ("where", [r.where for r in self.rows]),
+        ]
         widths = [min(30, max(len(title), *map(len, cells))) for title, cells in columns]
         rest = max(30, total - sum(widths) - 2 * len(widths))
         widths.append(rest)
-        lines = [head, "", _line([title for title, _ in columns] + ["what becomes of it"], widths),
-                 "  ".join("-" * w for w in widths)]
+        lines = [
+            head,
+            "",
+            _line([title for title, _ in columns] + ["what becomes of it"], widths),
+            "  ".join("-" * w for w in widths),
+        ]
         for row in self.rows:
-            cells = [textwrap.wrap(text, width) or [""] for text, width in
-                     zip((row.site, row.calls, row.where, row.verdict), widths, strict=True)]
-            for at in range(max(map(len, cells))):
-                lines.append(_line([cell[at] if at < len(cell) else "" for cell in cells], widths))
+            cells = [
+                textwrap.wrap(text, width) or [""]
+                for text, width in zip((row.site, row.calls, row.where, row.verdict), widths, strict=True)
+            ]
+            height = max(map(len, cells))
+            lines += [_line([(*c, *[""] * height)[at] for c in cells], widths) for at in range(height)]
         return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Which objects an expression in a method may stand for, found without running anything.
 
-Only what can be looked up is resolved: attributes along a module's children, items of ModuleLists, globals, closure
-variables, and local variables that take their values from such. The answer serves to find chains and to report on
-them; what is really called is looked at again at every call.
+Only what can be looked up is resolved: attributes along a module's children, items of ModuleLists, globals,
+closure variables, and local variables that take their values from such. The answer serves to find chains and
+to report on them; what is really called is looked at again at every call.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-from collections.abc import Iterator
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from interfuse import torch_state
 from interfuse.rewrite import source
-from interfuse.rewrite.chains import Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from interfuse.rewrite.chains import Reading
 
 Objects = tuple[Any, ...]
 CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -34,7 +38,9 @@ class Resolver:
         parameters = reading.tree.args
         every = [*parameters.posonlyargs, *parameters.args]
         self.self_name = every[0].arg if every else ""
-        self.parameters = {a.arg for a in [*every, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg] if a}
+        self.parameters = {
+            a.arg for a in [*every, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg] if a
+        }
         self.stored = {n.id for n in reading.names if not isinstance(n.ctx, ast.Load)}
         self._busy: set[str] = set()
 
@@ -96,7 +102,7 @@ class Resolver:
         return ()
 
     def _elements(self, iterated: ast.expr, position: int | None) -> Objects:
-        if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and not iterated.keywords:
+        if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name):
             function = self.resolve(iterated.func)
             if function == (zip,) and position is not None and position < len(iterated.args):
                 return self._elements(iterated.args[position], None)
@@ -114,7 +120,7 @@ class Resolver:
 
 def _attribute(base: Any, name: str) -> Objects:
     if isinstance(base, nn.Module):
-        children = base._modules  # noqa: SLF001  (get_submodule would run a property of that name)
+        children = dict(torch_state.children(base))
         if name in children:
             return (children[name],)
         return (base.__dict__[name],) if name in base.__dict__ else ()
@@ -150,7 +156,10 @@ def methods_reached(owner: nn.Module) -> Iterator[str]:
         for node in ast.walk(read.tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == me:
                 function = inspect.getattr_static(type(owner), node.attr, None)
-                if (isinstance(function, FunctionType) and node.attr not in seen
-                        and not hasattr(nn.Module, node.attr)):
+                if (
+                    isinstance(function, FunctionType)
+                    and node.attr not in seen
+                    and not hasattr(nn.Module, node.attr)
+                ):
                     seen.add(node.attr)
                     waiting.append(node.attr)

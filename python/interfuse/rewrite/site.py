@@ -1,8 +1,8 @@
 """A site: one place in a model where a run of calls may go to one fused op instead.
 
-Nothing about the model is remembered in a site. At every call it is handed the callees that the model would call
-now, and its pattern looks at them: if they are what they were taken for, the fused op runs; if anything has changed
-(a hook, a replaced module, another kind of tensor), they are called as they stand.
+Nothing about the model is remembered in a site. At every call it is handed the callees that the model would
+call now, and its pattern looks at them: if they are what they were taken for, the fused op runs; if anything
+has changed (a hook, a replaced module, another kind of tensor), they are called as they stand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from interfuse import torch_state
 from torch import Tensor, nn
 
 
@@ -84,8 +86,8 @@ MOST_KINDS = 64  # of calls that a site remembers; more shapes than that, and it
 
 
 class Site:
-    """Calls the fused op where it may, and the callees where it may not. `inference` and `training` say where it
-    was found to pay; `seen` is the last new kind of call in words, for the report."""
+    """Calls the fused op where it may, and the callees where it may not. `inference` and `training` say where
+    it was found to pay; `seen` is the last new kind of call in words, for the report."""
 
     def __init__(self, pattern: Pattern, inference: bool = True, training: bool = True):
         self.pattern = pattern
@@ -100,7 +102,7 @@ class Site:
             return self.trial(self, links, value)
         compiling = torch.compiler.is_compiling()
         # What TorchScript and ONNX write down should be made of torch's own ops.
-        if torch.jit.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
+        if torch_state.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             return run_plainly(links, value)
         call = self.pattern.prepare(links, value)
         if call is None or not (self.training if wants_gradient(call) else self.inference):
@@ -110,7 +112,8 @@ class Site:
         return self.pattern.run(call)
 
     def serves(self, call: Call) -> bool:
-        """Whether a kernel takes the call, and not only the reference, which is slower than the plain calls."""
+        """Whether a kernel takes the call, and not only the reference, which is slower than the plain
+        calls."""
         value = call.tensors[0]
         kind = (value.shape, value.dtype, value.device, wants_gradient(call))
         served = self._served.get(kind)
@@ -133,8 +136,7 @@ def run_plainly(links: Sequence[LiveLink], value: Any) -> Any:
     """What the model would have done by itself."""
     for callee, arguments, keywords in links:
         if isinstance(callee, str):
-            callee = getattr(value, callee)
-            value = callee(*arguments, **keywords)
+            value = getattr(value, callee)(*arguments, **keywords)
         else:
             value = callee(value, *arguments, **keywords)
     return value

@@ -7,7 +7,6 @@ instruction, constant and line, is the text believed.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -15,9 +14,12 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
@@ -47,6 +49,11 @@ def read(function: object) -> Source | str:
     return found
 
 
+def forget() -> None:
+    """Reads every source again when it is next asked for."""
+    _read.clear()
+
+
 def _read_afresh(function: FunctionType) -> Source | str:
     code = function.__code__
     if hasattr(function, "__wrapped__"):
@@ -67,7 +74,9 @@ def _read_afresh(function: FunctionType) -> Source | str:
     if tree.decorator_list:
         return "it is wrapped by a decorator"
     if not any(code == other for other in _codes(again) if other.co_name == code.co_name):
-        return "its source is not the code that runs (was the file, or the function, changed after the import?)"
+        return (
+            "its source is not the code that runs (was the file, or the function, changed after the import?)"
+        )
     return Source(function, tree, ast.get_source_segment(text, tree) or "", class_name)
 
 
@@ -108,7 +117,9 @@ def compile_like(source: Source, tree: ast.FunctionDef, extra: Sequence[str]) ->
     original = source.function.__code__
     in_class = source.class_name is not None
     free = [name for name in original.co_freevars if not (in_class and name == "__class__")]
-    outer = ast.parse(f"def scope({', '.join([*free, *extra])}):\n  class {source.class_name or 'Unused'}: pass")
+    outer = ast.parse(
+        f"def scope({', '.join([*free, *extra])}):\n  class {source.class_name or 'Unused'}: pass"
+    )
     scope = outer.body[0]
     if not isinstance(scope, ast.FunctionDef) or not isinstance(scope.body[0], ast.ClassDef):
         raise TypeError("ast.parse made something other than a def and a class out of a def and a class.")
@@ -116,10 +127,18 @@ def compile_like(source: Source, tree: ast.FunctionDef, extra: Sequence[str]) ->
         scope.body[0].body = [tree]
     else:
         scope.body = [tree]
-    module = compile(ast.fix_missing_locations(outer), original.co_filename, "exec",
-                     original.co_flags & FUTURE_FLAGS, dont_inherit=True)
-    return next(code for code in _codes(module)
-                if code.co_name == tree.name and code.co_firstlineno == original.co_firstlineno)
+    module = compile(
+        ast.fix_missing_locations(outer),
+        original.co_filename,
+        "exec",
+        original.co_flags & FUTURE_FLAGS,
+        dont_inherit=True,
+    )
+    return next(
+        code
+        for code in _codes(module)
+        if code.co_name == tree.name and code.co_firstlineno == original.co_firstlineno
+    )
 
 
 def function_like(source: Source, code: CodeType, extra: Mapping[str, object]) -> FunctionType:
@@ -127,8 +146,13 @@ def function_like(source: Source, code: CodeType, extra: Mapping[str, object]) -
     original = source.function
     cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
     cells |= {name: CellType(value) for name, value in extra.items()}
-    function = FunctionType(code, original.__globals__, original.__name__, original.__defaults__,
-                            tuple(cells[name] for name in code.co_freevars))
+    function = FunctionType(
+        code,
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        tuple(cells[name] for name in code.co_freevars),
+    )
     function.__kwdefaults__ = original.__kwdefaults__
     function.__annotations__ = original.__annotations__
     function.__qualname__ = original.__qualname__
