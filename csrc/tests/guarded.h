@@ -1,5 +1,6 @@
-// Buffers that notice an access next to them. One end touches a page without access, so that a read or write past it
-// stops the program; the rest of the pages holds a sentinel that check() looks through for stray writes.
+// Buffers that notice an access next to them. One end touches a page without access, so that a read or write
+// past it stops the program; the rest of the pages holds a sentinel that check() looks through for stray
+// writes.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,14 +16,15 @@ namespace interfuse_test {
 
 enum class Flush { front, back };  // which end touches the guard page
 
-// `count` elements of T, `offset` elements away from the guard page that `flush` names: 0 finds every overrun at that
-// end, others give the pointer alignments that no allocator returns.
+// `count` elements of T, `offset` elements away from the guard page that `flush` names: 0 finds every overrun
+// at that end, others give the pointer alignments that no allocator returns.
 template <class T>
 class Guarded {
  public:
   explicit Guarded(int64_t count, Flush flush = Flush::back, int64_t offset = 0) : count_(count) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T), gap = static_cast<size_t>(offset) * sizeof(T);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T),
+                 gap = static_cast<size_t>(offset) * sizeof(T);
     inner_ = (bytes + gap + page - 1) / page * page;
     if (inner_ == 0) inner_ = page;
     mapped_ = inner_ + 2 * page;
@@ -33,7 +35,8 @@ class Guarded {
       throw std::bad_alloc();
     }
     pages_ = base_ + page;
-    std::memset(pages_, kSentinel, inner_);  // as a float, a large negative number: unwritten output is noticed too
+    std::memset(pages_, kSentinel,
+                inner_);  // as a float, a large negative number: unwritten output is noticed too
     begin_ = flush == Flush::back ? pages_ + inner_ - gap - bytes : pages_ + gap;
   }
   ~Guarded() { munmap(base_, mapped_); }

@@ -1,5 +1,6 @@
-// interfuse_tests [WORD...]: runs the tests of the files WORD.cpp and those whose name holds WORD; all without one.
-// Exit status: 0 passed, 1 failed, 2 nothing matched, 77 skipped because this CPU lacks the INTERFUSE_ISA asked for.
+// interfuse_tests [WORD...]: runs the tests of the files WORD.cpp and those whose name holds WORD; all
+// without one. Exit status: 0 passed, 1 failed, 2 nothing matched, 77 skipped because this CPU lacks the
+// INTERFUSE_ISA asked for.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -73,7 +74,8 @@ int main(int argc, char** argv) {
   for (const Case& test : cases()) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; ++i)
-      wanted = wanted || test.file == std::string(argv[i]) + ".cpp" || test.name.find(argv[i]) != std::string::npos;
+      wanted = wanted || test.file == std::string(argv[i]) + ".cpp" ||
+               test.name.find(argv[i]) != std::string::npos;
     if (!wanted) continue;
     ++ran;
     const int before = failures;

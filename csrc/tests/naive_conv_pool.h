@@ -1,4 +1,5 @@
-// conv_pool in double precision, by definition: one loop per index and nothing clever. Three dimensions always.
+// conv_pool in double precision, by definition: one loop per index and nothing clever. Three dimensions
+// always.
 #pragma once
 
 #include <algorithm>
@@ -26,22 +27,33 @@ struct Shape5 {
 
 inline double activate(const interfuse_conv_pool_spec& s, double v) {
   switch (s.activation) {
-    case INTERFUSE_RELU: return v > 0 ? v : 0;
-    case INTERFUSE_LEAKY_RELU: return v > 0 ? v : v * s.negative_slope;
-    case INTERFUSE_GELU: return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    case INTERFUSE_GELU_TANH: return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
-    case INTERFUSE_SILU: return v / (1 + std::exp(-v));
-    case INTERFUSE_TANH: return std::tanh(v);
-    case INTERFUSE_SIGMOID: return 1 / (1 + std::exp(-v));
-    default: return v;
+    case INTERFUSE_RELU:
+      return v > 0 ? v : 0;
+    case INTERFUSE_LEAKY_RELU:
+      return v > 0 ? v : v * s.negative_slope;
+    case INTERFUSE_GELU:
+      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+    case INTERFUSE_GELU_TANH:
+      return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    case INTERFUSE_SILU:
+      return v / (1 + std::exp(-v));
+    case INTERFUSE_TANH:
+      return std::tanh(v);
+    case INTERFUSE_SIGMOID:
+      return 1 / (1 + std::exp(-v));
+    default:
+      return v;
   }
 }
 
-// The slope, from what the plan saves: the pre-activation for gelu and silu, the activated value for the others.
+// The slope, from what the plan saves: the pre-activation for gelu and silu, the activated value for the
+// others.
 inline double slope_from_saved(const interfuse_conv_pool_spec& s, double v) {
   switch (s.activation) {
-    case INTERFUSE_RELU: return v > 0 ? 1 : 0;
-    case INTERFUSE_LEAKY_RELU: return v > 0 ? 1 : s.negative_slope;
+    case INTERFUSE_RELU:
+      return v > 0 ? 1 : 0;
+    case INTERFUSE_LEAKY_RELU:
+      return v > 0 ? 1 : s.negative_slope;
     case INTERFUSE_GELU:
       return 0.5 * (1 + std::erf(v / std::sqrt(2.0))) + v * std::exp(-0.5 * v * v) / std::sqrt(2 * M_PI);
     case INTERFUSE_GELU_TANH: {
@@ -52,9 +64,12 @@ inline double slope_from_saved(const interfuse_conv_pool_spec& s, double v) {
       const double g = 1 / (1 + std::exp(-v));
       return g * (1 + v * (1 - g));
     }
-    case INTERFUSE_TANH: return 1 - v * v;
-    case INTERFUSE_SIGMOID: return v * (1 - v);
-    default: return 1;
+    case INTERFUSE_TANH:
+      return 1 - v * v;
+    case INTERFUSE_SIGMOID:
+      return v * (1 - v);
+    default:
+      return 1;
   }
 }
 
@@ -114,7 +129,9 @@ struct NaiveConvPool {
                   for (k[2] = 0; k[2] < s.pool_size[2]; ++k[2]) {
                     for (int axis = 0; axis < 3; ++axis)
                       i[axis] = o[axis] * s.pool_stride[axis] - s.pool_padding[axis] + k[axis];
-                    if (i[0] < 0 || i[1] < 0 || i[2] < 0 || i[0] >= conv.d || i[1] >= conv.h || i[2] >= conv.w) continue;
+                    if (i[0] < 0 || i[1] < 0 || i[2] < 0 || i[0] >= conv.d || i[1] >= conv.h ||
+                        i[2] >= conv.w)
+                      continue;
                     visit(y.at(n, c, o[0], o[1], o[2]), conv.at(n, c, i[0], i[1], i[2]),
                           (k[0] * s.pool_size[1] + k[1]) * s.pool_size[2] + k[2]);
                   }
@@ -157,8 +174,10 @@ struct NaiveConvPool {
     Doubles out(static_cast<size_t>(y.count()), max ? -std::numeric_limits<double>::infinity() : 0.0);
     const Doubles weights = max ? Doubles() : window_weights();
     windows([&](int64_t o, int64_t i, int64_t) {
-      if (max) out[o] = std::max(out[o], activated[i]);
-      else out[o] += activated[i] * weights[o];
+      if (max)
+        out[o] = std::max(out[o], activated[i]);
+      else
+        out[o] += activated[i] * weights[o];
     });
     return out;
   }
@@ -168,7 +187,8 @@ struct NaiveConvPool {
                     const Doubles& pre) const {
     Doubles out(static_cast<size_t>(conv.count()), 0.0);
     if (!pools()) {
-      for (size_t i = 0; i < out.size(); ++i) out[i] = grad_y[i] * slope_from_saved(s, pre.empty() ? y_value[i] : pre[i]);
+      for (size_t i = 0; i < out.size(); ++i)
+        out[i] = grad_y[i] * slope_from_saved(s, pre.empty() ? y_value[i] : pre[i]);
       return out;
     }
     if (s.pool == INTERFUSE_POOL_MAX) {

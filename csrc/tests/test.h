@@ -1,5 +1,5 @@
-// A small test harness: TEST(name) { CHECK(...); }. A failed check prints its place and values and the test goes on,
-// so that one run shows every failing shape.
+// A small test harness: TEST(name) { CHECK(...); }. A failed check prints its place and values and the test
+// goes on, so that one run shows every failing shape.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@ struct Registration {
 
 void fail(const char* file, int line, const std::string& message);
 
-// What the checks below are about, printed with a failure: the shape, the instruction set, the number of threads.
+// What the checks below are about, printed with a failure: the shape, the instruction set, the number of
+// threads.
 class Context {
  public:
   explicit Context(std::string text);
@@ -39,14 +40,14 @@ bool close(double a, double b, double tolerance);
 
 }  // namespace interfuse_test
 
-#define TEST(name)                                                                                    \
-  static void test_##name();                                                                          \
-  static const interfuse_test::Registration register_##name(__FILE__, #name, test_##name);            \
+#define TEST(name)                                                                         \
+  static void test_##name();                                                               \
+  static const interfuse_test::Registration register_##name(__FILE__, #name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition)                                                                              \
-  do {                                                                                                \
-    if (!(condition)) interfuse_test::fail(__FILE__, __LINE__, #condition " is false");               \
+#define CHECK(condition)                                                                \
+  do {                                                                                  \
+    if (!(condition)) interfuse_test::fail(__FILE__, __LINE__, #condition " is false"); \
   } while (false)
 
 #define CHECK_EQUAL(a, b) interfuse_test::check_equal(__FILE__, __LINE__, #a, a, b)
