@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -34,7 +34,6 @@ __all__ = [
     "has_hooks",
     "has_tangent",
     "is_plain_eager",
-    "is_plain_tensor",
     "is_tracing",
     "is_untouched",
     "is_watched_globally",
@@ -60,13 +59,6 @@ def is_plain_eager() -> bool:
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
     )
-
-
-def is_plain_tensor(t: Tensor) -> bool:
-    """t's memory on the CPU holds t's elements: no subclass, no lazy negation. (Layouts other than strided
-    have no strides and fail there.)"""
-    kind = type(t)
-    return (kind is Parameter or kind is Tensor) and t.is_cpu and not t.is_neg()
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

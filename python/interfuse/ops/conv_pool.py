@@ -1,12 +1,14 @@
 """conv_pool: convolution, bias, activation and pooling as one op.
 
 From top to bottom: the public function, the table of implementations, the registered ops and their fake
-kernels. Autograd and vmap stand in conv_pool_transforms.py, sizes and errors in conv_pool_problem.py.
+kernels. Autograd and vmap stand in conv_pool_transforms.py, errors in conv_pool_checks.py, the
+short way of eager inference in conv_pool_eager.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +16,22 @@ from torch import Tensor
 
 from interfuse import numerics
 from interfuse.dispatch import Implementation, choose
+from interfuse.ops import conv_pool_eager as eager
 from interfuse.ops import conv_pool_native as native
 from interfuse.ops import conv_pool_transforms as transforms
 from interfuse.ops import conv_pool_triton as triton
-from interfuse.ops.conv_pool_problem import (
-    ConvPoolParams,
+from interfuse.ops.conv_pool_checks import (
     IntOrInts,
+    Options,
     check,
     check_batched,
     check_saved,
-    empty_gradients,
-    empty_outputs,
     fail,
+    op_params,
+    op_problem,
     resolve,
 )
+from interfuse.ops.conv_pool_problem import ConvPoolParams, Three, empty_gradients, empty_outputs
 from interfuse.reference import conv_pool as reference
 
 # In order of preference; the reference runs everything.
@@ -76,28 +80,28 @@ def conv_pool(
         backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the
             call raises its reason.
     """
-    check_batched(input, weight, padding_mode)
-    batched = input.dim() == weight.dim()
-    x = input if batched else input.unsqueeze(0)
-    params = resolve(
-        tuple(weight.shape[2:]),
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
-        negative_slope,
-        pool,
-        pool_size,
-        pool_stride,
-        pool_padding,
-        ceil_mode,
-        count_include_pad,
-        numerics.get_precision(),
-        backend,
-    )
-    if padding_mode != "zeros":
-        x, params = pad_by_mode(x, params, padding_mode)
+    arguments = (
+        stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool, pool_size,
+        pool_stride, pool_padding, ceil_mode, count_include_pad, backend)  # fmt: skip
+    return run(input, weight, bias, arguments)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
+    """conv_pool for the public function and the modules: the short way where it is open, otherwise the op.
+
+    `arguments` are the values of Options, in their order: making the named tuple costs as much as all the
+    checks of the short way, so only the long way does.
+    """
+    if not torch.compiler.is_compiling():
+        y = eager.run(x, weight, bias, arguments)
+        if y is not None:
+            return y
+    options = Options(*arguments)
+    batched = check_batched(x, weight)
+    x = x if batched else x.unsqueeze(0)
+    params = resolve(tuple(weight.shape[2:]), options, numerics.get_precision())
+    if options.padding_mode != "zeros":
+        x, params = pad_by_mode(x, params, options.padding_mode)
     x, weight, bias = autocast(x, weight, bias)
     y = torch.ops.interfuse.conv_pool.default(x, weight, bias, *params.as_args(), False)[0]
     return y if batched else y.squeeze(0)
@@ -106,12 +110,14 @@ def conv_pool(
 def pad_by_mode(x: Tensor, params: ConvPoolParams, mode: str) -> tuple[Tensor, ConvPoolParams]:
     """Padding other than with zeros happens before the op, as in torch."""
     pads = params.padding
+    if x.dim() != params.spatial + 2 or min(pads) < 0:
+        return x, params  # the op says what is wrong
     for d in range(params.spatial):
-        most = {"reflect": x.shape[2 + d] - 1, "circular": x.shape[2 + d]}.get(mode)
+        size, most = x.shape[2 + d], {"reflect": x.shape[2 + d] - 1, "circular": x.shape[2 + d]}.get(mode)
         if most is not None and max(pads[2 * d], pads[2 * d + 1]) > most:
             raise fail(
-                f"padding_mode {mode!r} pads at most {most} for {x.shape[2 + d]} elements (spatial dimension "
-                f"{d}); got padding {pads[2 * d : 2 * d + 2]}. Use a smaller padding or padding_mode 'zeros'."
+                f"padding_mode {mode!r} pads at most {most} for {size} elements (spatial dimension {d}); got "
+                f"padding {pads[2 * d : 2 * d + 2]}. Use a smaller padding or padding_mode 'zeros'."
             )
     sides = [side for d in reversed(range(params.spatial)) for side in pads[2 * d : 2 * d + 2]]
     return F.pad(x, sides, mode=mode), replace(params, padding=(0, 0) * params.spatial)
@@ -130,8 +136,8 @@ def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    problem = check(x, weight, bias, transforms.params_of(args), bool(args[-1]))
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> Three:
+    problem = op_problem(x, weight, bias, args, bool(args[-1]))
     implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
     return implementation.run(problem, x, weight, bias)
 
@@ -145,15 +151,15 @@ def _run_backward(
     index: Tensor,
     pre: Tensor,
     *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = check(x, weight, bias, transforms.params_of(args), True)
+) -> Three:
+    problem = op_problem(x, weight, bias, args, save=True)
     check_saved(problem, grad_y, y, index, pre)
     implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
     return implementation.run_backward(problem, grad_y, x, weight, bias, y, index, pre, args[-1])
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_outputs(check(x, weight, bias, transforms.params_of(args), bool(args[-1])))
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> Three:
+    return empty_outputs(check(x, weight, bias, op_params(args), bool(args[-1])))
 
 
 def _fake_backward(
@@ -165,8 +171,8 @@ def _fake_backward(
     index: Tensor,
     pre: Tensor,
     *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = check(x, weight, bias, transforms.params_of(args), True)
+) -> Three:
+    problem = check(x, weight, bias, op_params(args), save=True)
     check_saved(problem, grad_y, y, index, pre)
     return empty_gradients(problem, x, weight, args[-1])
 

@@ -33,18 +33,15 @@ def why_not(problem: ConvPoolProblem) -> str | None:
     return fused_why_not(problem)
 
 
-def describe(problem: ConvPoolProblem) -> tuple[str, str]:
-    """The kernel that the core would run, and its reason for that one."""
-    desc = _describe(problem, _dense_strides(problem))
+def chosen(problem: ConvPoolProblem) -> tuple[str, str]:
+    """The kernel that the core would run for a dense x, and its reason for that one."""
+    shape = (problem.batch, problem.in_channels, *problem.input)
+    desc = describe(problem, torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride())
     return desc.algorithm, desc.why
 
 
-def _dense_strides(problem: ConvPoolProblem) -> tuple[int, ...]:
-    shape = (problem.batch, problem.in_channels, *problem.input)
-    return torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride()
-
-
-def _describe(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
+def describe(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
+    """The core's plan for an x of these strides."""
     p, spatial = problem.params, problem.spatial
     return _native.ConvPoolDesc(
         spatial=spatial,
@@ -73,7 +70,7 @@ def _describe(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.Con
     )
 
 
-def _readable(problem: ConvPoolProblem, x: Tensor) -> bool:
+def reads(problem: ConvPoolProblem, x: Tensor) -> bool:
     """Whether the core takes x's strides as they are: unit stride along its innermost axis."""
     axis = 1 if problem.channels_last else -1
     return x.shape[axis] == 1 or x.stride(axis) == 1
@@ -84,10 +81,10 @@ _descs: BoundedCache[_native.ConvPoolDesc] = BoundedCache(512)
 
 def _prepare(problem: ConvPoolProblem, x: Tensor) -> tuple[Tensor, _native.ConvPoolDesc]:
     """x in a layout that the core reads, and the core's plan for it."""
-    if not _readable(problem, x):
+    if not reads(problem, x):
         x = x.contiguous(memory_format=memory_format(problem))
     key = (problem, x.stride())
-    return x, _descs.get(key) or _descs.put(key, _describe(problem, x.stride()))
+    return x, _descs.get(key) or _descs.put(key, describe(problem, x.stride()))
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interfuse.ops.conv_pool_problem import PARAM_NAMES, ConvPoolParams
+from interfuse.ops.conv_pool_checks import op_params
 from interfuse.reference import conv_pool as reference
 from interfuse.torch_state import (
     SingleLevelFunction,
@@ -19,14 +19,7 @@ from interfuse.torch_state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-_COUNT = len(PARAM_NAMES)
-
-
-def params_of(args: Sequence[Any]) -> ConvPoolParams:
-    """The parameters from the op's arguments; the dispatcher hands lists."""
-    return ConvPoolParams(*(tuple(a) if isinstance(a, list) else a for a in args[:_COUNT]))
+    from collections.abc import Callable
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -47,7 +40,7 @@ class _Forward(SingleLevelFunction):
         save: bool,
         args: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        params = params_of(args)
+        params = op_params(args)
         y, index, pre = redispatch_below_autograd(op, keyset, x, weight, bias, *args, True)
         ctx.save_for_backward(x, weight, bias, y if params.backward_needs_y else None, index, pre)
         ctx.args = args
@@ -85,7 +78,7 @@ class _Backward(SingleLevelFunction):
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)
         ctx.save_for_backward(grad_y, x, weight, bias)
-        ctx.params, ctx.mask = params_of(rest[3:]), rest[-1]
+        ctx.params, ctx.mask = op_params(rest[3:]), rest[-1]
         ctx.set_materialize_grads(False)
         return grads
 
@@ -114,7 +107,7 @@ def autograd_kernel(
     op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     if has_tangent(x, weight, bias):
-        y = reference.forward(x, weight, bias, params_of(args))
+        y = reference.forward(x, weight, bias, op_params(args))
         return (y, *(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.uint8, x.dtype)))
     if _wants_grad(x, weight, bias):
         return apply_at_this_level(_Forward, op, keyset, x, weight, bias, args[-1], args[:-1])
@@ -126,7 +119,7 @@ def autograd_kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if has_tangent(grad_y, x, weight, bias):
         mask = rest[-1]
-        grads = reference.backward(grad_y, x, weight, bias, params_of(rest[3:]), mask)
+        grads = reference.backward(grad_y, x, weight, bias, op_params(rest[3:]), mask)
         empty = torch.empty(0, dtype=x.dtype, device=x.device)
         return tuple(empty if g is None else g for g in grads)
     if _wants_grad(grad_y, x, weight, bias):
@@ -171,7 +164,7 @@ def _vmap_forward(
     if w_dim is None and b_dim is None:
         results, axis = op(_into_batch(x, x_dim, count), weight, bias, *args), 0
     else:
-        params = params_of(args)
+        params = op_params(args)
         results, axis = (
             op(
                 _into_channels(x, x_dim, count),
@@ -201,7 +194,7 @@ def _vmap_backward(
 ) -> tuple[Any, Any]:
     count, mask = info.batch_size, args[-1]
     g_dim, x_dim, w_dim, b_dim, y_dim, index_dim, pre_dim = in_dims[:7]
-    params = params_of(args)
+    params = op_params(args)
     batched = w_dim is None and b_dim is None and not mask[1] and not mask[2]
     fold: Callable[[Tensor, int | None, int], Tensor] = _into_batch if batched else _into_channels
 
