@@ -55,11 +55,10 @@ def native() -> dict[str, Any]:
 def backends() -> dict[str, list[dict[str, str | None]]]:
     """For each op and device every implementation of its table, with None or why it cannot run here."""
     from interfuse.ops.conv_pool import IMPLEMENTATIONS
-    from interfuse.ops.conv_pool_problem import check, resolve
+    from interfuse.ops.conv_pool_checks import Options, check, resolve
 
-    parameters = resolve(
-        (3, 3), 1, 0, 1, 1, "relu", 0.01, "max", 2, None, 0, False, True, interfuse.get_precision(), None
-    )
+    options = Options(1, 0, 1, 1, "zeros", "relu", 0.01, "max", 2, None, 0, False, True, None)
+    parameters = resolve((3, 3), options, interfuse.get_precision())
     plain = check(torch.empty(1, 3, 8, 8), torch.empty(8, 3, 3, 3), None, parameters, save=False)
     rows: list[dict[str, str | None]] = []
     for device in ("cpu", "cuda"):

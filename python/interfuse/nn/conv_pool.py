@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from interfuse.ops.conv_pool import run
-from interfuse.ops.conv_pool_checks import IntOrInts, as_ints, fail
+from interfuse.ops import conv_pool_eager as eager
+from interfuse.ops.conv_pool import run_op
+from interfuse.ops.conv_pool_checks import IntOrInts, Options, as_ints, fail
 from interfuse.ops.conv_pool_problem import ACTIVATIONS, POOLS
 
 if TYPE_CHECKING:
@@ -179,7 +180,11 @@ class _ConvPoolNd(nn.Module):
             self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.activation,
             self.negative_slope, self.pool, self.pool_size, self.pool_stride, self.pool_padding,
             self.ceil_mode, self.count_include_pad, None)  # fmt: skip
-        return run(input, weight, bias, arguments)
+        if not torch.compiler.is_dynamo_compiling():
+            y = eager.run(input, weight, bias, arguments)
+            if y is not None:
+                return y
+        return run_op(input, weight, bias, Options(*arguments))
 
     def extra_repr(self) -> str:
         parts = [

@@ -8,7 +8,6 @@ short way of eager inference in conv_pool_eager.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,20 +82,15 @@ def conv_pool(
     arguments = (
         stride, padding, dilation, groups, padding_mode, activation, negative_slope, pool, pool_size,
         pool_stride, pool_padding, ceil_mode, count_include_pad, backend)  # fmt: skip
-    return run(input, weight, bias, arguments)
-
-
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
-    """conv_pool for the public function and the modules: the short way where it is open, otherwise the op.
-
-    `arguments` are the values of Options, in their order: making the named tuple costs as much as all the
-    checks of the short way, so only the long way does.
-    """
-    if not torch.compiler.is_compiling():
-        y = eager.run(x, weight, bias, arguments)
+    if not torch.compiler.is_dynamo_compiling():
+        y = eager.run(input, weight, bias, arguments)
         if y is not None:
             return y
-    options = Options(*arguments)
+    return run_op(input, weight, bias, Options(*arguments))
+
+
+def run_op(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """The long way: what comes before and after the registered op, and the op."""
     batched = check_batched(x, weight)
     x = x if batched else x.unsqueeze(0)
     params = resolve(tuple(weight.shape[2:]), options, numerics.get_precision())

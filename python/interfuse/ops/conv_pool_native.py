@@ -33,14 +33,14 @@ def why_not(problem: ConvPoolProblem) -> str | None:
     return fused_why_not(problem)
 
 
-def chosen(problem: ConvPoolProblem) -> tuple[str, str]:
+def describe(problem: ConvPoolProblem) -> tuple[str, str]:
     """The kernel that the core would run for a dense x, and its reason for that one."""
     shape = (problem.batch, problem.in_channels, *problem.input)
-    desc = describe(problem, torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride())
+    desc = make_desc(problem, torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride())
     return desc.algorithm, desc.why
 
 
-def describe(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
+def make_desc(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
     """The core's plan for an x of these strides."""
     p, spatial = problem.params, problem.spatial
     return _native.ConvPoolDesc(
@@ -84,7 +84,7 @@ def _prepare(problem: ConvPoolProblem, x: Tensor) -> tuple[Tensor, _native.ConvP
     if not reads(problem, x):
         x = x.contiguous(memory_format=memory_format(problem))
     key = (problem, x.stride())
-    return x, _descs.get(key) or _descs.put(key, describe(problem, x.stride()))
+    return x, _descs.get(key) or _descs.put(key, make_desc(problem, x.stride()))
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -82,12 +81,17 @@ class ConvPoolParams:
         return self.activation in ("leaky_relu", "tanh", "sigmoid")
 
     def as_args(self) -> tuple[object, ...]:
-        """The fields in the order of the registered op's schema."""
-        return _all_fields(self)
+        """The fields in the order of the registered op's schema.
+
+        Written out: dataclasses.astuple copies every value deeply, and Dynamo traces no attrgetter.
+        """
+        return (
+            self.stride, self.padding, self.dilation, self.groups, self.activation, self.negative_slope,
+            self.pool, self.pool_size, self.pool_stride, self.pool_padding, self.ceil_mode,
+            self.count_include_pad, self.precision, self.backend)  # fmt: skip
 
 
 PARAM_NAMES = tuple(field.name for field in fields(ConvPoolParams))
-_all_fields = attrgetter(*PARAM_NAMES)  # dataclasses.astuple copies every value deeply: ten times slower
 
 
 @dataclass(frozen=True, eq=False)

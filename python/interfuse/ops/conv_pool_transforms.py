@@ -21,45 +21,64 @@ from interfuse.torch_state import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from interfuse.ops.conv_pool_eager import Direct
+    from interfuse.ops.conv_pool_problem import ConvPoolParams, Three
+
+    Saved = tuple[
+        Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor
+    ]  # x, weight, bias, y, index, pre
+
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class _Forward(SingleLevelFunction):
+class ThroughOp:
+    """The kernels of one call, reached through the dispatcher."""
+
+    def __init__(self, op: Any, keyset: Any, args: tuple[Any, ...]) -> None:
+        self.op, self.keyset, self.args = op, keyset, args
+        self.params = op_params(args)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Three:
+        return redispatch_below_autograd(self.op, self.keyset, x, weight, bias, *self.args, True)
+
+    def backward(self, grad_y: Tensor, saved: Saved, mask: list[bool]) -> Three:
+        return backward_op(self.params, grad_y, saved, mask)
+
+
+def backward_op(params: ConvPoolParams, grad_y: Tensor, saved: Saved, mask: list[bool]) -> Three:
+    return torch.ops.interfuse.conv_pool_backward.default(grad_y, *saved, *params.as_args(), mask)
+
+
+class Forward(SingleLevelFunction):
     """conv_pool with what its backward needs saved, whether or not the caller asked for that."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        op: Any,
-        keyset: Any,
+        kernels: ThroughOp | Direct,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         save: bool,
-        args: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        params = op_params(args)
-        y, index, pre = redispatch_below_autograd(op, keyset, x, weight, bias, *args, True)
-        ctx.save_for_backward(x, weight, bias, y if params.backward_needs_y else None, index, pre)
-        ctx.args = args
+    ) -> Three:
+        y, index, pre = kernels.forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, y if kernels.params.backward_needs_y else None, index, pre)
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
-        outputs = (y, index, pre) if save else (y, torch.empty_like(index[:0]), torch.empty_like(pre[:0]))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        if not save:
+            index, pre = index.new_empty(0), pre.new_empty(0)
+        ctx.mark_non_differentiable(index, pre)
+        return y, index, pre
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_y is None:
-            return (None,) * 7
-        x, weight, bias, y, index, pre = ctx.saved_tensors
-        mask = [bool(needed) for needed in ctx.needs_input_grad[2:5]]
-        grads = torch.ops.interfuse.conv_pool_backward.default(
-            grad_y, x, weight, bias, y, index, pre, *ctx.args, mask
-        )
-        grads = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
-        return (None, None, *grads, None, None)
+            return (None,) * 5
+        mask = list(ctx.needs_input_grad[1:4])
+        grads = ctx.kernels.backward(grad_y, ctx.saved_tensors, mask)
+        return (None, *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None)
 
 
 class _Backward(SingleLevelFunction):
@@ -75,7 +94,7 @@ class _Backward(SingleLevelFunction):
         weight: Tensor,
         bias: Tensor | None,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Three:
         grads = redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)
         ctx.save_for_backward(grad_y, x, weight, bias)
         ctx.params, ctx.mask = op_params(rest[3:]), rest[-1]
@@ -105,18 +124,19 @@ class _Backward(SingleLevelFunction):
 
 def autograd_kernel(
     op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     if has_tangent(x, weight, bias):
         y = reference.forward(x, weight, bias, op_params(args))
         return (y, *(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.uint8, x.dtype)))
     if _wants_grad(x, weight, bias):
-        return apply_at_this_level(_Forward, op, keyset, x, weight, bias, args[-1], args[:-1])
+        kernels = ThroughOp(op, keyset, args[:-1])
+        return apply_at_this_level(Forward, kernels, x, weight, bias, args[-1])
     return redispatch_below_autograd(op, keyset, x, weight, bias, *args)
 
 
 def autograd_kernel_backward(
     op: Any, keyset: Any, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     if has_tangent(grad_y, x, weight, bias):
         mask = rest[-1]
         grads = reference.backward(grad_y, x, weight, bias, op_params(rest[3:]), mask)

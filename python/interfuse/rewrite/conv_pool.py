@@ -12,7 +12,7 @@ from interfuse.dispatch import choose, refusals
 from interfuse.numerics import get_precision
 from interfuse.ops import conv_pool_native as native
 from interfuse.ops.conv_pool import IMPLEMENTATIONS, conv_pool, pad_by_mode
-from interfuse.ops.conv_pool_problem import DTYPES, check, resolve
+from interfuse.ops.conv_pool_checks import DTYPES, Options, check, resolve
 from interfuse.rewrite.known import (
     CONVOLUTIONS,
     FORWARDS,
@@ -183,8 +183,8 @@ class ConvPool:
         if x is None or weight is None:
             raise TypeError("a call of conv_pool has an input and a weight; neither may be None.")
         settings = CALL_DEFAULTS | seen.settings
-        mode = settings.pop("padding_mode")
-        params = resolve(tuple(weight.shape[2:]), precision=get_precision(), backend=None, **settings)
+        mode = settings["padding_mode"]
+        params = resolve(tuple(weight.shape[2:]), Options(backend=None, **settings), get_precision())
         x = x if x.dim() == weight.dim() else x.unsqueeze(0)
         if mode != "zeros":
             x, params = pad_by_mode(x, params, mode)
