@@ -7,7 +7,7 @@ functions ask its thread-local state piece by piece.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
-from torch.nn import Module
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -25,10 +24,14 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
 __all__ = [
     "TRACED_TENSORS",
     "OptimizedModule",
     "SingleLevelFunction",
+    "apply",
     "apply_at_this_level",
     "children",
     "has_hooks",
@@ -45,7 +48,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _autocast_active = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
+_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def is_plain_eager() -> bool:
@@ -66,6 +69,11 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """function.apply of a SingleLevelFunction, which torch's type stubs do not know."""
+    return function.apply(*args)
 
 
 def apply_at_this_level(function: Any, *args: Any) -> Any:

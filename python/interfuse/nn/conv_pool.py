@@ -80,9 +80,10 @@ def pool_arguments(pool: str | nn.Module | None, spatial: int) -> dict[str, Any]
 class _ConvPoolNd(nn.Module):
     """Shared by the three. Parameters are named and initialised as torch.nn.ConvNd's, for its state_dicts."""
 
-    _conv_type: ClassVar[type[nn.Conv1d | nn.Conv2d | nn.Conv3d]]
+    _conv_type: ClassVar[Any]
     _spatial: ClassVar[int]
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -172,7 +173,7 @@ class _ConvPoolNd(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         parameters = self._parameters
-        weight = parameters.get("weight")
+        weight: Tensor | None = parameters.get("weight")
         if weight is None:  # parametrized: an attribute of another kind
             weight = self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias is slow)

@@ -130,7 +130,7 @@ def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> Three:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Three:
     problem = op_problem(x, weight, bias, args, bool(args[-1]))
     implementation = choose(IMPLEMENTATIONS, problem, problem.params.backend)
     return implementation.run(problem, x, weight, bias)
@@ -144,7 +144,7 @@ def _run_backward(
     y: Tensor | None,
     index: Tensor,
     pre: Tensor,
-    *args: object,
+    *args: Any,
 ) -> Three:
     problem = op_problem(x, weight, bias, args, save=True)
     check_saved(problem, grad_y, y, index, pre)
@@ -152,7 +152,7 @@ def _run_backward(
     return implementation.run_backward(problem, grad_y, x, weight, bias, y, index, pre, args[-1])
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: object) -> Three:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Three:
     return empty_outputs(check(x, weight, bias, op_params(args), bool(args[-1])))
 
 
@@ -164,7 +164,7 @@ def _fake_backward(
     y: Tensor | None,
     index: Tensor,
     pre: Tensor,
-    *args: object,
+    *args: Any,
 ) -> Three:
     problem = check(x, weight, bias, op_params(args), save=True)
     check_saved(problem, grad_y, y, index, pre)

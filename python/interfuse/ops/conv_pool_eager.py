@@ -21,7 +21,7 @@ from interfuse.ops import conv_pool_native as native
 from interfuse.ops.conv_pool_checks import Options, check, check_batched, resolve
 from interfuse.ops.conv_pool_problem import ConvPoolProblem, Three, empty_outputs
 from interfuse.ops.conv_pool_transforms import Forward, backward_op
-from interfuse.torch_state import is_plain_eager
+from interfuse.torch_state import apply, is_plain_eager
 
 if TYPE_CHECKING:
     from interfuse.ops.conv_pool_transforms import Saved
@@ -107,7 +107,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ..
     if plan is False:
         return None
     if wants_grad:
-        return None if plan.direct is None else Forward.apply(plan.direct, x, weight, bias, False)[0]
+        return None if plan.direct is None else apply(Forward, plan.direct, x, weight, bias, False)[0]
     y = x.new_empty_strided(plan.size, plan.strides)
     bias_pointer = 0 if bias is None else bias.data_ptr()
     conv_pool_forward(

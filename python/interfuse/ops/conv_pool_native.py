@@ -36,7 +36,9 @@ def why_not(problem: ConvPoolProblem) -> str | None:
 def describe(problem: ConvPoolProblem) -> tuple[str, str]:
     """The kernel that the core would run for a dense x, and its reason for that one."""
     shape = (problem.batch, problem.in_channels, *problem.input)
-    desc = make_desc(problem, torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride())
+    desc = make_desc(
+        problem, torch.empty(shape, device="meta", memory_format=memory_format(problem)).stride()
+    )
     return desc.algorithm, desc.why
 
 

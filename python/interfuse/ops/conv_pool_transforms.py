@@ -115,8 +115,8 @@ class _Backward(SingleLevelFunction):
             results = reference.backward(grad_y, x, weight, bias, ctx.params, wanted)
             return tuple(g for g, want in zip(results, wanted, strict=True) if want and g is not None)
 
-        inputs = (grad_y, x, weight) if bias is None else (grad_y, x, weight, bias)
-        _, vjp = torch.func.vjp(gradients, *inputs)
+        inputs = [t for t in (grad_y, x, weight, bias) if t is not None]
+        vjp = torch.func.vjp(gradients, *inputs)[1]
         second = vjp(tuple(g for g, want in zip(grads, wanted, strict=True) if want))
         second = (*second, None) if bias is None else second
         return (None, None, *second, *nothing)
@@ -127,7 +127,8 @@ def autograd_kernel(
 ) -> Three:
     if has_tangent(x, weight, bias):
         y = reference.forward(x, weight, bias, op_params(args))
-        return (y, *(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.uint8, x.dtype)))
+        index = torch.empty(0, dtype=torch.uint8, device=x.device)
+        return y, index, torch.empty(0, dtype=x.dtype, device=x.device)
     if _wants_grad(x, weight, bias):
         kernels = ThroughOp(op, keyset, args[:-1])
         return apply_at_this_level(Forward, kernels, x, weight, bias, args[-1])
@@ -141,7 +142,8 @@ def autograd_kernel_backward(
         mask = rest[-1]
         grads = reference.backward(grad_y, x, weight, bias, op_params(rest[3:]), mask)
         empty = torch.empty(0, dtype=x.dtype, device=x.device)
-        return tuple(empty if g is None else g for g in grads)
+        grad_x, grad_weight, grad_bias = (empty if g is None else g for g in grads)
+        return grad_x, grad_weight, grad_bias
     if _wants_grad(grad_y, x, weight, bias):
         return apply_at_this_level(_Backward, op, keyset, grad_y, x, weight, bias, *rest)
     return redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)

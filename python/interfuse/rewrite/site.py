@@ -11,9 +11,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from interfuse import torch_state
-from torch import Tensor, nn
 
 
 class Match(NamedTuple):
