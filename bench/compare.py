@@ -97,6 +97,7 @@ def compare(
             able.append(worker)
             versions[peers.PROVIDERS[name].package] = answer["version"]
             row["errors"].setdefault(name, answer["errors"])
+        row["busy"] = roofline.busy()
         modes = ["inference", "training"] if settings.training else ["inference"]
         for mode in modes:
             trains = [w for w in able if mode == "inference" or peers.PROVIDERS[w.spec.provider].trains]

@@ -87,7 +87,10 @@ class ConvPoolWorkload:
         self.pool_padding = spread(given.get("pool_padding", 0), self.spatial)
 
     def describe(self) -> dict[str, Any]:
+        plan = self.native_plan()
         return {
+            "kernel": plan.algorithm,
+            "kernel_why": plan.why,
             "bar": self.case.bench == "bar",
             "input": list(self.case.input),
             "weight": list(self.case.weight),
@@ -192,40 +195,15 @@ class ConvPoolWorkload:
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString())
 
-    def overhead(self, seconds: float, threads: int) -> dict[str, float]:
-        """One call of the op against the same call of the binding, with everything prepared, in turn."""
+    def native_plan(self) -> Any:
+        """The native core's plan for the case, made by hand as an embedder would make it."""
         from interfuse import _native
 
-        module = self.module()
-        x, conv = self.inputs()[0], module[0]
-        desc, y = self.native_plan(_native), torch.empty(self.output_shape())
-        pointers = [t.data_ptr() for t in (x, conv.weight, conv.bias, y)]
-
-        def op() -> Tensor:
-            return interfuse.ops.conv_pool(x, conv.weight, conv.bias, **self.case.arguments)
-
-        def binding() -> None:
-            _native.conv_pool_forward(desc, *pointers, 0, 0, threads)
-
-        rounds = 5
-        with torch.no_grad():
-            pairs = [
-                (sample(op, seconds / rounds)["median"], sample(binding, seconds / rounds)["median"])
-                for _ in range(rounds)
-            ]
-        call, kernel, between = (
-            statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
-        )
-        return {"call": call, "kernel": kernel, "overhead": between}
-
-
-    def native_plan(self, native: Any) -> Any:
-        """The native core's plan for the case, made by hand as an embedder would make it."""
         batch, channels, *sizes = self.case.input
         strides = [*torch.empty(self.case.input, device="meta").stride()]
-        return native.ConvPoolDesc(
+        return _native.ConvPoolDesc(
             spatial=self.spatial,
-            dtype="float32",
+            dtype=str(self.dtype).removeprefix("torch."),
             channels_last=False,
             batch=batch,
             in_channels=channels,
@@ -248,6 +226,32 @@ class ConvPoolWorkload:
             precision="default",
             save=False,
         )
+
+    def overhead(self, seconds: float, threads: int) -> dict[str, float]:
+        """One call of the op against the same call of the binding, with everything prepared, in turn."""
+        from interfuse import _native
+
+        module = self.module()
+        x, conv = self.inputs()[0], module[0]
+        desc, y = self.native_plan(), torch.empty(self.output_shape())
+        pointers = [t.data_ptr() for t in (x, conv.weight, conv.bias, y)]
+
+        def op() -> Tensor:
+            return interfuse.ops.conv_pool(x, conv.weight, conv.bias, **self.case.arguments)
+
+        def binding() -> None:
+            _native.conv_pool_forward(desc, *pointers, 0, 0, threads)
+
+        rounds = 5
+        with torch.no_grad():
+            pairs = [
+                (sample(op, seconds / rounds)["median"], sample(binding, seconds / rounds)["median"])
+                for _ in range(rounds)
+            ]
+        call, kernel, between = (
+            statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
+        )
+        return {"call": call, "kernel": kernel, "overhead": between}
 
 
 OVERHEAD_CASE = "first-224@tiny"

@@ -50,6 +50,9 @@ def text(report: Report, bars: Sequence[Bar] = ()) -> str:
     blocks += [block for block in (verdict(report), missing(report), memory(report), errors(report)) if block]
     if "overhead" in report.get("overhead", {}):
         blocks.append(overhead(report["overhead"]))
+    noise = disturbed(report)
+    if noise:
+        blocks.append(noise)
     if bars:
         blocks.append("Bars\n" + "\n".join(bar.sentence() for bar in bars))
     return "\n\n".join(blocks)
@@ -71,7 +74,7 @@ def heading(report: Report) -> str:
 
 def timings(rows: Sequence[Report], mode: str) -> str:
     names = [name for name in peers.PROVIDERS if any(name in row[mode]["times"] for row in rows)]
-    header = ["case", *names, "best peer", "ratio", "GFLOP/s", "of peak", "GB/s", "of peak"]
+    header = ["case", "kernel", *names, "best peer", "ratio", "GFLOP/s", "of peak", "GB/s", "of peak"]
     lines = []
     for row in rows:
         result = row[mode]
@@ -88,8 +91,8 @@ def timings(rows: Sequence[Report], mode: str) -> str:
             if roof
             else ["-"] * 4
         )
-        lines.append([row["case"], *cells, best, ratio(result.get("ratio")), *share])
-    return table(header, lines)
+        lines.append([row["case"], row["kernel"], *cells, best, ratio(result.get("ratio")), *share])
+    return table(header, lines, left=2)
 
 
 def cell(heaps: dict[str, Any] | None) -> str:
@@ -116,6 +119,17 @@ def verdict(report: Report) -> str:
         if mean:
             lines.append(f"{mode}: geometric mean over the rows with bars {mean['geometric_mean']:.2f}x.")
     return "\n".join(lines)
+
+
+DISTURBED = 0.1  # of the processors, kept busy by others just before a row
+
+
+def disturbed(report: Report) -> str:
+    rows = [row for row in report["rows"] if (row.get("busy") or 0) > DISTURBED]
+    if not rows:
+        return ""
+    shares = ", ".join(f"{row['case']} ({row['busy']:.0%})" for row in rows)
+    return f"DISTURBED: others kept these shares of the machine busy, so do not quote the rows: {shares}."
 
 
 def missing(report: Report) -> str:

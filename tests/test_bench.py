@@ -89,6 +89,24 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert peers.PROVIDERS["eager"].why_not(conv_pool.workload(QUICK)) is None
 
 
+@pytest.mark.parametrize("name", conv_pool.names(further=True, quick=True))
+@pytest.mark.parametrize("provider", ["interfuse", "interfuse_channels_last", "onnxruntime", "openvino"])
+def test_every_provider_computes_what_torch_computes(name: str, provider: str) -> None:
+    workload = conv_pool.workload(name)
+    reason = peers.PROVIDERS[provider].why_not(workload)
+    if reason:
+        pytest.skip(reason)
+    built = peers.PROVIDERS[provider].build(workload, 1)
+    truth = peers.truth(workload, train=provider == "interfuse")
+    with torch.no_grad():
+        assert (
+            peers.relative_error(built.tensor(built.infer()), truth["output"]) < peers.WRONG[workload.dtype]
+        )
+    if provider == "interfuse" and built.train is not None:
+        for gradient, right in zip(built.train(), truth["gradients"], strict=True):
+            assert peers.relative_error(gradient, right) < peers.WRONG[workload.dtype]
+
+
 def test_nothing_is_timed_whose_answer_is_wrong(tmp_path: pathlib.Path) -> None:
     workload = conv_pool.workload(QUICK)
     truth = peers.truth(workload, train=False)
@@ -174,6 +192,14 @@ def test_a_loss_is_called_a_loss() -> None:
     assert "faster than the best peer on 0 of 1 rows; slower on slow (0.50x)" in text
 
 
+def test_a_disturbed_machine_is_reported() -> None:
+    rows = [{"case": "calm", "busy": 0.05}, {"case": "loud", "busy": 0.5}, {"case": "unknown", "busy": None}]
+    assert report.disturbed({"rows": rows[:1]}) == ""
+    assert report.disturbed({"rows": rows}).endswith("do not quote the rows: loud (50%).")
+    measured = roofline.busy(0.05)
+    assert measured is None or 0 <= measured <= 1
+
+
 @pytest.mark.parametrize(
     ("measured", "at_least", "met"),
     [(2.0, True, True), (1.9, True, False), (2.0, False, True), (2.1, False, False), (None, True, False),
@@ -183,6 +209,25 @@ def test_a_bar_is_met_or_missed(measured: float | None, at_least: bool, met: boo
     bar = report.Bar("speed", 2.0, measured, at_least)
     assert bar.met is met
     assert bar.sentence().startswith("met" if met else "MISSED")
+
+
+def test_a_quick_run_of_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "conv_pool", "--quick", "--case", QUICK, "--threads", "1", "--out", str(tmp_path)]
+    for provider in ("interfuse", "eager", "onnxruntime"):
+        arguments += ["--provider", provider]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    saved = json.loads((tmp_path / "bench_conv_pool.json").read_text())
+    [row] = saved["rows"]
+    assert row["case"] == QUICK
+    assert {"interfuse", "eager"} <= row["inference"]["times"].keys()
+    assert {"onnxruntime"} <= row["inference"]["times"].keys() | row["missing"].keys()
+    assert row["training"]["times"].keys() == {"interfuse", "eager"}
+    assert 0 < row["errors"]["interfuse"]["output"] < 1e-4
+    assert row["inference"]["ratio"] > 0
+    assert saved["overhead"]["call"] > 0
+    for heading in ("Inference, ms", "Training, ms", "Error of the output", "Call overhead", "machine peak"):
+        assert heading.lower() in printed.lower()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+OPS = ("conv_pool",)  # those with a file in bench/
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     return int(arguments.run(arguments))
@@ -35,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
 
     bench = commands.add_parser("bench", help="one op against the peers that are installed, on this machine")
-    bench.add_argument("op", choices=["conv_pool"], help="the op to compare")
+    bench.add_argument("op", nargs="?", choices=OPS, default=OPS[0], help="the op (default: the first)")
     bench.add_argument(
         "--check", action="store_true", help="exit with status 1 where a bar is missed, and name it"
     )

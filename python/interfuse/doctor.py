@@ -67,7 +67,7 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
         if device == "cuda" and not torch.cuda.is_available():
             no_device = "torch finds no CUDA device here."
         for implementation in IMPLEMENTATIONS:
-            reason = implementation.why_not(problem) or no_device
+            reason = no_device or implementation.why_not(problem)
             rows.append({"backend": implementation.name, "device": device, "reason": reason})
     return {"conv_pool": rows}
 
