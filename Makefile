@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NATIVE ?= build/native
 BIN := $(VENV)/bin
+OPS := $(filter-out __init__,$(basename $(notdir $(wildcard tests/cases/*.py))))
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
 
 .PHONY: help setup demo test bench lint asan gpu clean
@@ -41,9 +42,11 @@ test: setup
 	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure
 	$(BIN)/python -m pytest
 
+# pytest-benchmark's cases of every op, then each op against its peers.
 bench: setup
-	$(BIN)/interfuse bench
-	$(BIN)/python -m pytest bench/conv_pool.py --benchmark-enable --quiet
+	@mkdir -p out
+	$(BIN)/python -m pytest $(OPS:%=bench/%.py) --benchmark-enable --benchmark-json out/pytest_benchmark.json
+	for op in $(OPS); do $(BIN)/interfuse bench $$op || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-# For embedders: the library, its one header, and a package file for find_package(interfuse).
+# For embedders: the library with its header (the CUDA library with its own), and a package file for find_package(interfuse).
 
 if(NOT TARGET interfuse OR NOT EXISTS "${PROJECT_SOURCE_DIR}/csrc/interfuse.h")
   return()
@@ -8,6 +8,8 @@ set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/interfuse")
 install(FILES csrc/interfuse.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(TARGETS interfuse EXPORT interfuse-targets)
 if(TARGET interfuse_cuda)
+  install(FILES csrc/interfuse_cuda.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+  target_include_directories(interfuse_cuda INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
   install(TARGETS interfuse_cuda EXPORT interfuse-targets)
 endif()
 install(EXPORT interfuse-targets NAMESPACE interfuse:: DESTINATION "${package_dir}")

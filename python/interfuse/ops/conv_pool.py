@@ -8,6 +8,7 @@ short way of eager inference in conv_pool_eager.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
