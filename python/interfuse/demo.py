@@ -23,7 +23,7 @@ from interfuse.terminal import Progress, milliseconds, table
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 ROUNDS = 5
 
@@ -61,7 +61,7 @@ def compare(plain: nn.Sequential, x: Tensor, seconds: float) -> dict[str, Any]:
         *((block_name(block), block, fused[i], exact[i], inputs[i]) for i, block in enumerate(plain)),
         ("the whole stack", plain, fused, exact, x),
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with Progress((len(parts) + 1) * ROUNDS) as progress:
         for name, theirs, ours, truth, given in parts:
             with torch.no_grad():
@@ -110,7 +110,7 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def in_turn(
-    steps: dict[str, Callable[[], object]], seconds: float, tick: Callable[[], None]
+    steps: Mapping[str, Callable[[], object]], seconds: float, tick: Callable[[], None]
 ) -> dict[str, float]:
     """Median time of a call of each, the providers taking turns so that a slow moment falls on both."""
     times: dict[str, list[float]] = {name: [] for name in steps}
