@@ -6,7 +6,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
+import re
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor, nn
 import interfuse
 from interfuse.rewrite.bound import Bound
 from interfuse.rewrite.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BY_NAME = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO.keys())
 
@@ -354,3 +360,47 @@ def test_sites_do_not_hold_tensors() -> None:
         assert isinstance(site, Site)
         assert not [v for v in pickle.loads(pickle.dumps(site)).__dict__.values() if isinstance(v, Tensor)]
         assert site.seen is not None
+
+
+def test_the_documentation_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "optimize.md").read_text()
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    runpy.run_path(str(script))
+    assert "BatchNorm2d follows" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp root", "fsdp each"])
+def test_data_parallel(wrapper: str, group: None, calls: Calls) -> None:
+    model, (x,) = ZOO["functional"].build()
+    model.eval()
+    plain = copy.deepcopy(model)
+    interfuse.optimize(model)
+    if wrapper == "ddp":
+        wrapped: nn.Module = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (1,))
+        if wrapper == "fsdp each":
+            for child in (model.conv1, model.conv2, model.conv3):
+                fully_shard(child, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    y, expected = wrapped(x), plain(x)
+    assert calls.count == (0 if wrapper == "fsdp each" else 3)  # sharding each puts hooks on each
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    expected.sum().backward()
+    for p, q in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(grad, q.grad, rtol=1e-3, atol=1e-5)

@@ -69,7 +69,11 @@ def optimize(
         return model
     restore(model)
     every = {c.identity: Site(c.pattern) for c in plan.candidates}
-    model.__dict__[REPORT] = _measured(model, plan, every, Examples.of(example_inputs), seconds)
+    try:
+        model.__dict__[REPORT] = _measured(model, plan, every, Examples.of(example_inputs), seconds)
+    except BaseException:  # the model's own error, or an interruption
+        _unbind(model)
+        raise
     return model
 
 

@@ -92,7 +92,7 @@ class TrySite:
         call = site.pattern.prepare(links, value)
         if call is None:
             outcome.refusal = "with the example inputs it is not a call that the kernels take"
-        elif not site.serves(call):
+        elif not site.serves(call, wants_gradient(call)):
             outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
         if call is None or outcome.refusal:
             return run_plainly(links, value)

@@ -29,13 +29,11 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        if not self.fused:
-            return "; ".join([f"left alone: {self.reason}", *self.why_not])
-        parts = [f"fused: {self.kernel}"]
+        parts = [f"fused: {self.kernel}" if self.fused else f"left alone: {self.reason}"]
         for name, times in (("inference", self.inference), ("training", self.training)):
             if times is not None:
                 parts.append(f"{name} {1e3 * times[0]:.3g} -> {1e3 * times[1]:.3g} ms")
-        if self.reason:
+        if self.fused and self.reason:
             parts.append(self.reason)
         parts += [f"not {refusal}" for refusal in self.why_not]
         return "; ".join(parts)

@@ -105,17 +105,20 @@ class Site:
         if torch_state.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             return run_plainly(links, value)
         call = self.pattern.prepare(links, value)
-        if call is None or not (self.training if wants_gradient(call) else self.inference):
+        if call is None:
             return run_plainly(links, value)
-        if not compiling and not self.serves(call):
+        gradient = wants_gradient(call)
+        if not (self.training if gradient else self.inference):
+            return run_plainly(links, value)
+        if not compiling and not self.serves(call, gradient):
             return run_plainly(links, value)
         return self.pattern.run(call)
 
-    def serves(self, call: Call) -> bool:
+    def serves(self, call: Call, gradient: bool) -> bool:
         """Whether a kernel takes the call, and not only the reference, which is slower than the plain
         calls."""
         value = call.tensors[0]
-        kind = (value.shape, value.dtype, value.device, wants_gradient(call))
+        kind = (value.shape, value.dtype, value.device, gradient)
         served = self._served.get(kind)
         if served is None:
             if len(self._served) >= MOST_KINDS:
@@ -129,7 +132,11 @@ class Site:
 
 
 def wants_gradient(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors)
+    if torch.is_grad_enabled():
+        for t in call.tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def run_plainly(links: Sequence[LiveLink], value: Any) -> Any:
