@@ -1,45 +1,12 @@
 // conv_pool's gradients: between the tensors, as their strides and dtype say, and the packed float32 buffers.
 #include "cpu/conv_pool_backward.h"
+
 #include "common/parallel.h"
+#include "common/transpose.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
-
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeLanes<0, I...> {
-  typedef Lanes<I...> type;
-};
-
-// Interleave<0>: a0 b0 a1 b1 ... of the lower halves, Interleave<kLanes / 2> of the upper ones.
-template <int From, int... I>
-INTERFUSE_INLINE Vec interleave(Vec a, Vec b, Lanes<I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (From + I / 2 + (I & 1) * kLanes)...);
-#else
-  return __builtin_shuffle(a, b, IVec{(From + I / 2 + (I & 1) * kLanes)...});
-#endif
-}
-
-// Interleaving row i with row i + n/2, log2(n) times over, transposes an n by n block.
-INTERFUSE_INLINE void transpose(Vec rows[kLanes]) {
-  typename MakeLanes<kLanes>::type lanes;
-#pragma GCC unroll 4
-  for (int size = 1; size < kLanes; size *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], lanes);
-      next[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-}
 
 template <class T>
 INTERFUSE_INLINE Vec load_some(const T* p, int64_t n) {

@@ -8,19 +8,17 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-// to[i] = gradient[i] * slope(saved[i]). A slope of zero stops even Inf and NaN, as relu's gradient does in torch.
+// to[i] = gradient[i] * slope(saved[i]); `to` may be the gradient. A slope of zero stops even Inf and NaN, as relu's
+// gradient does in torch.
 template <class G, class T>
 void through_activation(const ConvPool& p, const G* gradient, const T* saved, int64_t count, float* to) {
   const Activation f{p.activation, p.slope};
-  switch (p.activation) {
-    case INTERFUSE_RELU:
-      for (int64_t i = 0; i < count; ++i) to[i] = to_float(saved[i]) <= 0 ? 0.f : to_float(gradient[i]);
-      return;
-    case INTERFUSE_LEAKY_RELU:
-      for (int64_t i = 0; i < count; ++i) to[i] = to_float(gradient[i]) * (to_float(saved[i]) > 0 ? 1.f : p.slope);
-      return;
-    default:
-      for (int64_t i = 0; i < count; ++i) to[i] = to_float(gradient[i]) * activation_slope(f, to_float(saved[i]));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = count - i < kLanes ? static_cast<int>(count - i) : kLanes;
+    const Vec g = n == kLanes ? load(gradient + i) : load_first(gradient + i, n);
+    const Vec value = n == kLanes ? load(saved + i) : load_first(saved + i, n);
+    const Vec result = f.kind == INTERFUSE_RELU ? select(value <= zero(), zero(), g) : g * activation_slope(f, value);
+    n == kLanes ? store(to + i, result) : store_first(to + i, result, n);
   }
 }
 
