@@ -47,7 +47,11 @@ def text(report: Report, bars: Sequence[Bar] = ()) -> str:
             with_mode = [row for row in rows if row.get(mode, {}).get("times")]
             if with_mode:
                 blocks.append(f"{mode.capitalize()}{title}, ms\n{timings(with_mode, mode)}")
-    blocks += [block for block in (verdict(report), missing(report), memory(report), errors(report)) if block]
+    blocks += [
+        block
+        for block in (verdict(report), missing(report), rooflines(report), memory(report), errors(report))
+        if block
+    ]
     if "overhead" in report.get("overhead", {}):
         blocks.append(overhead(report["overhead"]))
     noise = disturbed(report)
@@ -68,31 +72,49 @@ def heading(report: Report) -> str:
         f"machine peak: {peak['operations'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.0f} GB/s "
         f"({peak['method']})\n"
         f"Every provider ran alone in its own process; medians of {settings['rounds']} interleaved rounds. "
+        "cl: channels_last.\n"
         "a|b: under malloc's defaults | with a malloc that keeps its memory."
     )
 
 
+def short(name: str) -> str:
+    return name.replace("channels_last", "cl")
+
+
 def timings(rows: Sequence[Report], mode: str) -> str:
     names = [name for name in peers.PROVIDERS if any(name in row[mode]["times"] for row in rows)]
-    header = ["case", "kernel", *names, "best peer", "ratio", "GFLOP/s", "of peak", "GB/s", "of peak"]
     lines = []
     for row in rows:
-        result = row[mode]
-        cells = [cell(result["times"].get(name)) for name in names]
-        best = result.get("best_peer", {}).get("provider", "none")
-        roof = result.get("roofline")
-        share = (
-            [
-                f"{roof['operations_per_second'] / 1e9:.0f}",
-                f"{roof['share_of_peak_operations']:.0%}",
-                f"{roof['bytes_per_second'] / 1e9:.1f}",
-                f"{roof['share_of_peak_bandwidth']:.0%}",
-            ]
-            if roof
-            else ["-"] * 4
-        )
-        lines.append([row["case"], row["kernel"], *cells, best, ratio(result.get("ratio")), *share])
-    return table(header, lines, left=2)
+        cells = [cell(row[mode]["times"].get(name)) for name in names]
+        best = short(row[mode].get("best_peer", {}).get("provider", "none"))
+        lines.append([row["case"], row["kernel"], *cells, best, ratio(row[mode].get("ratio"))])
+    return table(["case", "kernel", *map(short, names), "best peer", "ratio"], lines, left=2)
+
+
+def rooflines(report: Report) -> str:
+    lines = [
+        [
+            row["case"],
+            mode,
+            f"{roof['operations'] / 1e9:.2f}",
+            f"{roof['bytes'] / 1e6:.1f}",
+            f"{roof['operations_per_second'] / 1e9:.0f}",
+            f"{roof['share_of_peak_operations']:.0%}",
+            f"{roof['bytes_per_second'] / 1e9:.1f}",
+            f"{roof['share_of_peak_bandwidth']:.0%}",
+            roof["bound"],
+        ]
+        for row in report["rows"]
+        for mode in ("inference", "training")
+        if (roof := row.get(mode, {}).get("roofline"))
+    ]
+    header = ["case", "", "GFLOP", "MB", "GFLOP/s", "of peak", "GB/s", "of peak", "bound by"]
+    return (
+        "Roofline: operations of the direct algorithm, bytes moved once, and what interfuse made of them\n"
+        + table(header, lines, left=2)
+        if lines
+        else ""
+    )
 
 
 def cell(heaps: dict[str, Any] | None) -> str:
@@ -188,7 +210,9 @@ def errors(report: Report) -> str:
     ]
     if not lines:
         return ""
-    return "Error of the output against float64, relative Frobenius\n" + table(["case", *names], lines)
+    return "Error of the output against float64, relative Frobenius\n" + table(
+        ["case", *map(short, names)], lines
+    )
 
 
 def scientific(value: float | None) -> str:
@@ -225,36 +249,30 @@ def save_plot(report: Report, path: pathlib.Path) -> str | None:
         return "No plot was written: interfuse was not timed on any row."
     longest = max(len(rows) for _, rows in panels)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(7 * len(panels), 1.5 + 0.9 * longest), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(6 * len(panels), 2 + 0.9 * longest), squeeze=False, layout="constrained"
     )
+    names = [name for name in peers.PROVIDERS if name != "interfuse"]
+    legend: dict[str, Any] = {}
     for axis, (mode, rows) in zip(axes[0], panels, strict=True):
-        names = [name for name in peers.PROVIDERS if any(name in row[mode]["times"] for row in rows)]
         for k, name in enumerate(names):
-            places, widths = [], []
+            places, lengths = [], []
             for i, row in enumerate(rows):
                 heaps = row[mode]["times"].get(name)
                 if heaps:
+                    best = min(entry["median"] for entry in heaps.values())
                     places.append(i + (k + 0.5) / len(names) * 0.84 - 0.42)
-                    best = (
-                        heaps["default"]
-                        if name == "interfuse"
-                        else min(heaps.values(), key=lambda h: h["median"])
-                    )
-                    widths.append(best["median"] / row[mode]["times"]["interfuse"]["default"]["median"])
-            axis.barh(
-                places,
-                widths,
-                height=0.8 / len(names),
-                label=name,
-                color=f"C{list(peers.PROVIDERS).index(name)}",
-            )
+                    lengths.append(best / row[mode]["times"]["interfuse"]["default"]["median"] - 1)
+            if places:
+                bars = axis.barh(places, lengths, left=1, height=0.8 / len(names), label=name, color=f"C{k}")
+                legend.setdefault(name, bars)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
         axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlabel("time relative to interfuse (right of 1: slower than interfuse)")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("its time over interfuse's (left of 1: interfuse loses)")
         axis.set_title(f"{report['op']}, {mode}, {report['settings']['threads']} threads")
-        axis.legend(fontsize="small")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
