@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from interfuse.terminal import Progress, milliseconds, table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDS = 5
@@ -147,17 +147,18 @@ def text(report: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(
         prog="python -m interfuse.bench.gpu", description=(__doc__ or "").split("\n")[0]
     )
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the JSON")
+    options.add_argument("--case", action="append", choices=names(True, False), help="not the bars' rows")
     options.add_argument("--json", action="store_true", help="print JSON instead of text")
-    arguments = options.parse_args()
+    arguments = options.parse_args(argv)
     if not torch.cuda.is_available():
         print("There is no CUDA device that torch can use here, so nothing was timed.", file=sys.stderr)
         return 2
-    cases = names(further=False, quick=False)
+    cases = arguments.case or names(further=False, quick=False)
     rows = []
     with Progress(len(cases) * len(DTYPES) * 6) as progress:
         for name in cases:

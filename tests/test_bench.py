@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from interfuse.bench import compare, conv_pool, peers, report, roofline, workers
+from interfuse.bench import compare, conv_pool, gpu, peers, report, roofline, workers
 
 from interfuse import cli, terminal
 
@@ -241,6 +241,39 @@ def test_wrong_arguments_are_explained(
 ) -> None:
     assert cli.main(["bench", "conv_pool", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "There is no CUDA device" in capsys.readouterr().err
+
+
+def test_the_gpu_table_names_what_was_not_timed() -> None:
+    times = {"interfuse": {"median": 1e-3}, "eager": {"median": 3e-3}}
+    row = {
+        "case": "first-224",
+        "dtype": "float16",
+        "errors": {"interfuse": 1e-4, "eager": 1e-4},
+        "missing": {"compile": "RuntimeError: no compiler"},
+        "inference": times,
+        "training": times,
+    }
+    text = gpu.text({"device": "a GPU", "torch": "2", "cuda": "13", "rows": [row]})
+    assert "3.00x" in text
+    assert "not timed: first-224 float16, compile: RuntimeError: no compiler" in text
+
+
+@pytest.mark.gpu
+def test_the_gpu_benchmark_times_a_case(tmp_path: pathlib.Path) -> None:
+    assert gpu.main(["--case", "small-32", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench_gpu_conv_pool.json").read_text())["rows"]
+    assert all({"interfuse", "eager"} <= row["training"].keys() for row in rows)
 
 
 # --- what it prints with -----------------------------------------------------------------------------------
