@@ -66,6 +66,7 @@ if(NOT core_objects)
   return()
 endif()
 
+# In this order: should two of them offer the same symbol after all, the linker keeps the copy that runs everywhere.
 set(core_object_files)
 foreach(target IN LISTS core_objects)
   list(APPEND core_object_files $<TARGET_OBJECTS:${target}>)

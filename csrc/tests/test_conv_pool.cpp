@@ -275,6 +275,60 @@ TEST(conv_pool_integers_one_thread) { run_all({1, Values::integers, Flush::back,
 TEST(conv_pool_reals_two_threads_front) { run_all({2, Values::reals, Flush::front, 0}); }
 TEST(conv_pool_misaligned) { run_all({2, Values::integers, Flush::back, 1}); }
 
+// x as a view into a larger tensor whose other elements are NaN: the same bits come out as from a dense x.
+TEST(conv_pool_strided_input) {
+  for (const Problem& problem : kProblems)
+    for (bool channels_last : {false, true}) {
+      const Context context(std::string(problem.name) + (channels_last ? ", channels last" : ", contiguous"));
+      interfuse_conv_pool_spec spec = spec_of(problem, INTERFUSE_FLOAT32, channels_last, false);
+      const Shape5 outer{spec.batch,        spec.in_channels + 3, spec.input[0] + 1,
+                         spec.input[1] + 2, spec.input[2] + 5,    channels_last};
+      const Shape5 inner{spec.batch,    spec.in_channels, spec.input[0],
+                         spec.input[1], spec.input[2],    channels_last};
+      Guarded<float> dense(inner.count()), wide(outer.count());
+      fill(dense, Values::reals, 1);
+      for (int64_t i = 0; i < outer.count(); ++i) wide[i] = NAN;
+      for (int64_t n = 0; n < inner.n; ++n)
+        for (int64_t c = 0; c < inner.c; ++c)
+          for (int64_t d = 0; d < inner.d; ++d)
+            for (int64_t h = 0; h < inner.h; ++h)
+              for (int64_t w = 0; w < inner.w; ++w)
+                wide[outer.at(n, c, d, h, w)] = dense[inner.at(n, c, d, h, w)];
+
+      interfuse_conv_pool_spec viewed = spec;
+      const int64_t strides[5] = {outer.at(1, 0, 0, 0, 0), outer.at(0, 1, 0, 0, 0), outer.at(0, 0, 1, 0, 0),
+                                  outer.at(0, 0, 0, 1, 0), outer.at(0, 0, 0, 0, 1)};
+      std::copy(strides, strides + 5, viewed.x_strides);
+      std::vector<float> results[2];
+      for (bool view : {false, true}) {
+        interfuse_conv_pool* plan = nullptr;
+        CHECK_EQUAL(interfuse_conv_pool_create(view ? &viewed : &spec, &plan), INTERFUSE_OK);
+        if (!plan) return;
+        int64_t conv[3], out[3], index_count, pre_count;
+        interfuse_conv_pool_sizes(plan, conv, out);
+        interfuse_conv_pool_saved(plan, &index_count, &pre_count);
+        const NaiveConvPool naive(spec, conv, out);
+        Guarded<float> weight(naive.weight_count()), y(naive.y.count()), pre(pre_count);
+        Guarded<uint8_t> index(index_count);
+        fill(weight, Values::reals, 2);
+        CHECK_EQUAL(interfuse_conv_pool_forward(plan, view ? wide.data() : dense.data(), weight.data(),
+                                                nullptr, y.data(), index.data(), pre.data(), 2),
+                    INTERFUSE_OK);
+        results[view].assign(y.data(), y.data() + y.size());
+        Guarded<float> grad_y(naive.y.count()), grad_weight(naive.weight_count());
+        fill(grad_y, Values::reals, 3);
+        CHECK_EQUAL(interfuse_conv_pool_backward(plan, grad_y.data(), view ? wide.data() : dense.data(),
+                                                 weight.data(), y.data(), index.data(), pre.data(), nullptr,
+                                                 grad_weight.data(), nullptr, 2),
+                    INTERFUSE_OK);
+        results[view].insert(results[view].end(), grad_weight.data(),
+                             grad_weight.data() + grad_weight.size());
+        interfuse_conv_pool_destroy(plan);
+      }
+      CHECK(results[0] == results[1]);
+    }
+}
+
 TEST(conv_pool_refuses_with_a_sentence) {
   interfuse_conv_pool_spec s = spec_of(kProblems[0], INTERFUSE_FLOAT32, false, false);
   interfuse_conv_pool* plan = nullptr;
