@@ -7,11 +7,29 @@
 #include "common/parallel.h"
 
 using interfuse::ConvPool;
+using interfuse::ConvPoolForward;
+using interfuse::ConvPoolKernels;
+
+namespace {
+
+// The kernels for a forward call, the fastest first. The first whose why_not is empty runs; the last takes everything.
+struct Algorithm {
+  const char* name;
+  std::string (*why_not)(const ConvPool&);
+  void (*ConvPoolKernels::*run)(const ConvPool&, const ConvPoolForward&);
+};
+const Algorithm algorithms[] = {
+    {"winograd", interfuse::winograd_why_not, &ConvPoolKernels::winograd},
+    {"direct", [](const ConvPool&) { return std::string(); }, &ConvPoolKernels::direct},
+};
+
+}  // namespace
 
 struct interfuse_conv_pool {
   ConvPool problem;
   const interfuse::ConvPoolKernels* kernels;
-  std::string algorithm, why;
+  const Algorithm* algorithm;
+  std::string why;
 };
 
 extern "C" {
@@ -32,8 +50,13 @@ interfuse_status interfuse_conv_pool_create(const interfuse_conv_pool_spec* spec
     auto made = std::make_unique<interfuse_conv_pool>();
     made->problem = interfuse::checked_conv_pool(*spec);
     made->kernels = INTERFUSE_PICK(conv_pool_kernels);
-    made->algorithm = "direct";
-    made->why = "The direct kernel takes every problem.";
+    made->algorithm = algorithms;
+    for (;; ++made->algorithm) {
+      const std::string reason = made->algorithm->why_not(made->problem);
+      if (reason.empty()) break;
+      made->why += (made->why.empty() ? "" : " ") + std::string("Not ") + made->algorithm->name + ": " + reason;
+    }
+    if (made->why.empty()) made->why = std::string("The first in the table, ") + made->algorithm->name + ", takes this problem.";
     *plan = made.release();
   });
 }
@@ -51,7 +74,7 @@ void interfuse_conv_pool_saved(const interfuse_conv_pool* plan, int64_t* index, 
   *pre = plan->problem.pre_count();
 }
 
-const char* interfuse_conv_pool_algorithm(const interfuse_conv_pool* plan) { return plan->algorithm.c_str(); }
+const char* interfuse_conv_pool_algorithm(const interfuse_conv_pool* plan) { return plan->algorithm->name; }
 const char* interfuse_conv_pool_why(const interfuse_conv_pool* plan) { return plan->why.c_str(); }
 
 interfuse_status interfuse_conv_pool_forward(const interfuse_conv_pool* plan, const void* x, const void* weight,
@@ -63,7 +86,7 @@ interfuse_status interfuse_conv_pool_forward(const interfuse_conv_pool* plan, co
     if (!x || !weight || !y) interfuse::invalid("conv_pool: forward was given a null pointer for x, weight or y; all three are needed.");
     if ((p.index_count() && !index) || (p.pre_count() && !pre))
       interfuse::invalid("conv_pool: this plan saves for backward; pass index and pre as large as interfuse_conv_pool_saved says.");
-    plan->kernels->direct(p, {x, weight, bias, y, index, pre, interfuse::usable_threads(threads)});
+    (plan->kernels->*plan->algorithm->run)(p, {x, weight, bias, y, index, pre, interfuse::usable_threads(threads)});
   });
 }
 

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <string>
+
 #include "common/isa.h"
 #include "interfuse.h"
 
@@ -88,8 +90,14 @@ struct ConvPoolBackward {
 // What one instruction set offers.
 struct ConvPoolKernels {
   void (*direct)(const ConvPool&, const ConvPoolForward&);
+  void (*winograd)(const ConvPool&, const ConvPoolForward&);
   void (*backward)(const ConvPool&, const ConvPoolBackward&);
 };
+
+// Empty where Winograd takes the problem, else the sentence that says why not.
+std::string winograd_why_not(const ConvPool& p);
+// The results along depth that one Winograd tile holds: 1, 2 or 4.
+int winograd_depth_tile(const ConvPool& p);
 
 #define INTERFUSE_DECLARE(isa) \
   namespace isa {              \

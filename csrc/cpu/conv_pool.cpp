@@ -416,10 +416,11 @@ void direct(const ConvPool& p, const ConvPoolForward& a) {
 
 }  // namespace
 
+void conv_pool_winograd(const ConvPool&, const ConvPoolForward&);
 void conv_pool_backward(const ConvPool&, const ConvPoolBackward&);
 
 extern const ConvPoolKernels conv_pool_kernels;
-const ConvPoolKernels conv_pool_kernels = {direct, conv_pool_backward};
+const ConvPoolKernels conv_pool_kernels = {direct, conv_pool_winograd, conv_pool_backward};
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -11,9 +11,6 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INTERFUSE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 struct Box {
   Triple from, to;  // half-open
   Triple size() const { return {to.d - from.d, to.h - from.h, to.w - from.w}; }

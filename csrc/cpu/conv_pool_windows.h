@@ -7,6 +7,9 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
+INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INTERFUSE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Offset of element (n, channel, d, h, w) in a dense tensor of `size` with `channels` channels.
 INTERFUSE_INLINE int64_t dense_offset(bool channels_last, int64_t channels, const Triple& size, int64_t n, int64_t channel,
                                       int64_t d, int64_t h, int64_t w) {
@@ -23,7 +26,6 @@ struct Window {
 
 INTERFUSE_INLINE Window window_at(const ConvPool& p, int64_t d, int64_t h, int64_t w) {
   auto low = [](int64_t v) { return v < 0 ? int64_t(0) : v; };
-  auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   Window r;
   r.od = d * p.window_stride.d - p.window_pad.d;
   r.oh = h * p.window_stride.h - p.window_pad.h;

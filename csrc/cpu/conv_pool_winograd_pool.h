@@ -1,0 +1,129 @@
+// The end of a Winograd tile: bias, activation and pooling of its 16, 32 or 64 results, each a vector (over tiles or
+// over filters; nothing here depends on which). Per-ISA.
+#pragma once
+
+#include "cpu/conv_pool_winograd.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+
+enum class Finish { plain, max2x2, any };  // no pooling; the windows that everybody uses; all others
+
+struct TileFinish {
+  Activation f;
+  Triple window;
+  bool maximum;
+  bool late;   // the activation does not decrease, so it may follow the maximum
+  bool index;  // write the winner's place
+  bool pre;    // write pre
+  Finish kind;
+};
+
+inline TileFinish tile_finish(const ConvPool& p) {
+  TileFinish t;
+  t.f = {p.activation, p.slope};
+  t.window = p.window;
+  t.maximum = p.pool == INTERFUSE_POOL_MAX;
+  t.late = !p.needs_preactivation() && !(p.activation == INTERFUSE_LEAKY_RELU && p.slope < 0);
+  t.index = p.index_count() > 0;
+  t.pre = p.pre_count() > 0;
+  t.kind = Finish::any;
+  if (p.pool == INTERFUSE_POOL_NONE) t.kind = Finish::plain;
+  const bool whole = p.out.d * p.window.d <= p.conv.d && p.out.h * p.window.h <= p.conv.h && p.out.w * p.window.w <= p.conv.w;
+  if (t.maximum && t.late && whole && p.window.d <= 2 && p.window.h == 2 && p.window.w == 2) t.kind = Finish::max2x2;
+  return t;
+}
+
+__attribute__((noinline)) inline Vec activate_other(Activation f, Vec z) { return activate(f, z); }
+INTERFUSE_INLINE Vec activate_tile(Activation f, Vec z) {
+  if (f.kind == INTERFUSE_NONE) return z;
+  if (f.kind == INTERFUSE_RELU) return select(z <= zero(), zero(), z);
+  return activate_other(f, z);
+}
+
+INTERFUSE_INLINE IVec splat_int(int value) { return IVec{} + value; }
+
+// The larger of two finite values; on a tie the first.
+INTERFUSE_INLINE Vec larger(Vec first, Vec second) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_mask_max_ps((__m512)first, 0xffff, (__m512)second, (__m512)first);  // GCC warns of the plain form
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)second, (__m256)first);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps((__m128)second, (__m128)first);
+#else
+  return select(second > first, second, first);
+#endif
+}
+
+struct Winner {
+  Vec value;
+  IVec place;
+};
+template <bool Index>
+INTERFUSE_INLINE Winner better(Winner a, Winner b, int b_adds) {
+  if constexpr (!Index) return {larger(a.value, b.value), IVec{}};
+  const IVec second = b.value > a.value;
+  return {larger(a.value, b.value), second ? b.place + b_adds : a.place};
+}
+
+// The maxima of one slice's four 2x2 windows, with the place inside the window.
+template <bool Index>
+INTERFUSE_INLINE void max2x2(const Vec* z, Winner* best) {
+  unrolled<4>([&](int i) __attribute__((always_inline)) {
+    const Vec* at = z + i / 2 * 2 * kTile + i % 2 * 2;
+    const Winner top = better<Index>({at[0], IVec{}}, {at[1], IVec{}}, 1);
+    const Winner bottom = better<Index>({at[kTile], IVec{}}, {at[kTile + 1], IVec{}}, 1);
+    best[i] = better<Index>(top, bottom, 2);
+  });
+}
+
+INTERFUSE_INLINE IVec index_of(const TileFinish& t, const Vec& value, IVec place) {
+  return t.f.kind == INTERFUSE_RELU && t.maximum ? (IVec)(value <= zero() ? splat_int(kNoGradient) : place) : place;
+}
+
+// Any window that divides the tile, of any pooling, for `limit` valid results per axis (fewer than the tile has where
+// ceil_mode lets the last window hang over). pooled, place and winner are indexed by the window: depth, height, width.
+inline void pool_any(const TileFinish& t, int depth_tile, const Triple& limit, const Vec* z, Vec bias, Vec* pooled, IVec* place,
+                     Vec* winner) {
+  const int64_t windows_h = kTile / t.window.h, windows_w = kTile / t.window.w;
+  for (int64_t d = 0; d < depth_tile / t.window.d; ++d)
+    for (int64_t h = 0; h < windows_h; ++h)
+      for (int64_t w = 0; w < windows_w; ++w) {
+        const int64_t d1 = least(t.window.d, limit.d - d * t.window.d), h1 = least(t.window.h, limit.h - h * t.window.h);
+        const int64_t w1 = least(t.window.w, limit.w - w * t.window.w), at = (d * windows_h + h) * windows_w + w;
+        Vec best = zero(), best_z = zero(), sum = zero();
+        IVec best_place = {};
+        bool first = true;
+        for (int64_t i = 0; i < d1; ++i)
+          for (int64_t j = 0; j < h1; ++j)
+            for (int64_t l = 0; l < w1; ++l) {
+              const Vec value_z = z[((d * t.window.d + i) * kTile + h * t.window.h + j) * kTile + w * t.window.w + l] + bias;
+              const Vec value = activate_tile(t.f, value_z);
+              sum += value;
+              const IVec wins = first ? ~IVec{} : (IVec)(value > best);
+              best = select(wins, value, best), best_z = select(wins, value_z, best_z), first = false;
+              best_place = wins ? splat_int(static_cast<int>((i * t.window.h + j) * t.window.w + l)) : best_place;
+            }
+        pooled[at] = t.maximum ? best : sum / splat(static_cast<float>(d1 * h1 * w1));
+        if (t.index) place[at] = index_of(t, best, best_place);
+        if (t.pre) winner[at] = best_z;
+      }
+}
+
+// 0 where value is finite, NaN where not; sums of such keep it.
+INTERFUSE_INLINE Vec finite_check(Vec value, Vec sum) { return multiply_add(value, zero(), sum); }
+
+// Is one of the first n lanes NaN?
+INTERFUSE_INLINE bool any_nan(Vec v, int n) {
+#if defined(__AVX512F__)
+  return (_mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) & ((1u << n) - 1u)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < n; ++i) any |= v[i] != v[i];
+  return any;
+#endif
+}
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse

@@ -1,0 +1,419 @@
+// Winograd convolution with pooling for contiguous tensors: vectors run along the tiles of a row. Compiled once per ISA.
+#include "common/parallel.h"
+#include "common/shuffle.h"
+#include "cpu/conv_pool_winograd.h"
+#include "cpu/conv_pool_winograd_pool.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+namespace {
+
+constexpr int kWindowVectors = 5;  // a vector of tiles reads 4 * kLanes + 2 columns
+
+// ---- the weight: packed[group][chunk][point][channel slice][filter row block][channel][row] -----------------------
+
+template <class Axis, class T>
+void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight, float* packed, int thread, int threads) {
+  constexpr int taps = Axis::taps * 9, points = Axis::points * kPlane;
+  const int64_t blocks = (plan.filters + kFilterRows - 1) / kFilterRows;
+  const Range mine = share(p.groups * blocks, thread, threads);
+  for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
+    const int64_t group = unit / blocks, filter = unit % blocks * kFilterRows, chunk = filter / plan.chunk;
+    const int64_t in_chunk = filter % plan.chunk, rows = chunk_filters(plan, chunk, kFilterRows);
+    float* out = packed + group * plan.weight_group() + chunk * plan.weight_chunk();
+    const int64_t valid = least(kFilterRows, plan.filters - filter);
+    for (int64_t c = 0; c < plan.channels; ++c) {
+      float taken[taps][kFilterRows] = {}, made[points][kFilterRows];
+      for (int64_t r = 0; r < valid; ++r) {
+        const T* from = static_cast<const T*>(weight) + ((group * plan.filters + filter + r) * plan.channels + c) * taps;
+        for (int i = 0; i < taps; ++i) taken[i][r] = to_float(from[i]);
+      }
+      for (int r = 0; r < kFilterRows; ++r) weight_tile<Axis>(&taken[0][r], &made[0][r], kFilterRows);
+      const int64_t slice = c / plan.slice_depth() * plan.slice_depth(), depth = least(plan.slice_depth(), plan.channels - slice);
+      float* to = out + slice * rows + (in_chunk / kFilterRows * depth + c - slice) * kFilterRows;
+      for (int i = 0; i < points; ++i, to += rows * plan.channels) memcpy(to, made[i], sizeof made[i]);
+    }
+  }
+}
+
+// ---- the data -----------------------------------------------------------------------------------------------------
+
+// The input under one run of tiles, of one channel: rows of columns, zero outside the image.
+template <class T>
+class Window {
+ public:
+  Window() = default;
+  Window(const ConvPool& p, const WinogradPlan& plan, const TileRun& run) {
+    const int64_t d = run.d * plan.depth_tile - p.pad_lo.d, h = run.h * kTile - p.pad_lo.h, w = run.w * kTile - p.pad_lo.w;
+    offset_ = run.n * p.xs.n + d * p.xs.d + h * p.xs.h + w;
+    slice_ = p.xs.d, row_ = p.xs.h;
+    for (int i = 0; i < plan.depth_points; ++i) slices_ |= (d + i >= 0 && d + i < p.in.d) << i;
+    for (int i = 0; i < kTileIn; ++i) rows_ |= (h + i >= 0 && h + i < p.in.h) << i;
+    all_ = slices_ == (1u << plan.depth_points) - 1 && rows_ == (1u << kTileIn) - 1;
+    for (int v = 0; v < kWindowVectors; ++v) {
+      const int64_t needed = v < 4 ? kLanes : kTileIn - kTile;  // of the last vector
+      const int64_t low = -(w + v * kLanes), high = p.in.w - (w + v * kLanes);
+      first_[v] = static_cast<int>(low < 0 ? 0 : least(low, kLanes));
+      last_[v] = static_cast<int>(high < 0 ? 0 : least(high, needed));
+    }
+  }
+  bool all_inside() const { return all_; }
+
+  // Vector v of row r of slice s, in the channel that starts at x. Whole: all rows and slices are inside the image.
+  template <bool Whole>
+  INTERFUSE_INLINE Vec load_part(const T* x, int s, int r, int v) const {
+    const bool inside = Whole || ((slices_ >> s & 1) && (rows_ >> r & 1));
+    const T* from = x + (offset_ + s * slice_ + r * row_ + v * kLanes);
+#if defined(__AVX512F__)
+    const unsigned lanes = ((1u << last_[v]) - 1u) & ~((1u << first_[v]) - 1u);
+    return load_masked(from, static_cast<__mmask16>(inside ? lanes : 0));
+#else
+    if (!inside || first_[v] >= last_[v]) return zero();
+    if (first_[v] == 0 && last_[v] == kLanes) return load(from);
+    float lanes[kLanes] = {};
+    for (int i = first_[v]; i < last_[v]; ++i) lanes[i] = to_float(from[i]);
+    return load(lanes);
+#endif
+  }
+
+ private:
+#if defined(__AVX512F__)
+  static INTERFUSE_INLINE Vec load_masked(const float* p, __mmask16 lanes) { return (Vec)_mm512_maskz_loadu_ps(lanes, p); }
+  static INTERFUSE_INLINE Vec load_masked(const uint16_t* p, __mmask16 lanes) {
+    typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+    typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
+    return (Vec)(__builtin_convertvector((Half)_mm256_maskz_loadu_epi16(lanes, p), Wide) << 16);
+  }
+#endif
+  int64_t offset_ = 0, slice_ = 0, row_ = 0;
+  unsigned slices_ = 0, rows_ = 0;
+  bool all_ = false;
+  int first_[kWindowVectors] = {}, last_[kWindowVectors] = {};
+};
+
+// One slice: 6 rows of columns to 36 points. source(r, v) gives vector v of row r, sink(point, vector) takes.
+template <class Source, class Sink>
+INTERFUSE_INLINE void transform_slice(Source&& source, Sink&& sink) {
+  Vec rows[kTileIn][kWindowVectors];
+  unrolled<kWindowVectors>([&](int v) __attribute__((always_inline)) {
+    Vec d[kTileIn], t[kTileIn];
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { d[r] = source(r, v); });
+    Winograd4::data(d, t);
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = t[r]; });
+  });
+  for (int r = 0; r < kTileIn; ++r) {
+    Vec d[kTileIn], t[kTileIn];
+    deinterleave4(rows[r], d);
+    d[4] = shift_in<0>(d[0], rows[r][4]);
+    d[5] = shift_in<1>(d[1], rows[r][4]);
+    Winograd4::data(d, t);
+    unrolled<kTileIn>([&](int i) __attribute__((always_inline)) { sink(r * kTileIn + i, t[i]); });
+  }
+}
+
+template <class Axis, class T, bool Whole>
+INTERFUSE_INLINE void transform_run(const Window<T>& window, const T* x, int64_t plane, float* to, int lanes) {
+  const auto put_point = [&](int point, Vec v) __attribute__((always_inline)) {
+    if (lanes == kLanes) store(to + point * plane, v);
+    else store_first(to + point * plane, v, lanes);
+  };
+  if constexpr (Axis::points == 1) {
+    transform_slice([&](int r, int v) __attribute__((always_inline)) { return window.template load_part<Whole>(x, 0, r, v); },
+                    put_point);
+  } else {
+    Vec slices[Axis::points][kTileIn][kWindowVectors];
+    for (int r = 0; r < kTileIn; ++r)
+      for (int v = 0; v < kWindowVectors; ++v) {
+        Vec d[Axis::points], t[Axis::points];
+        unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { d[s] = window.template load_part<Whole>(x, s, r, v); });
+        Axis::data(d, t);
+        unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { slices[s][r][v] = t[s]; });
+      }
+    for (int s = 0; s < Axis::points; ++s)
+      transform_slice([&](int r, int v) __attribute__((always_inline)) { return slices[s][r][v]; },
+                      [&](int point, Vec v) __attribute__((always_inline)) { put_point(s * kPlane + point, v); });
+  }
+}
+
+// Cuts tiles tile..tile + count into runs. With alone, the last tile of a row is a run of its own.
+int cut(const WinogradPlan& plan, int64_t tile, int64_t count, bool alone, TileRun* runs) {
+  TileRun place = tile_place(plan, tile);
+  int made = 0;
+  for (int64_t at = 0; at < count;) {
+    int64_t length = least(least(count - at, plan.tiles.w - place.w), kLanes);
+    if (alone && length > 1 && place.w + length == plan.tiles.w) --length;
+    runs[made] = place, runs[made].at = static_cast<int>(at), runs[made].count = static_cast<int>(length), ++made;
+    at += length, place.w += length;
+    if (place.w == plan.tiles.w) next_row(plan, place);
+  }
+  return made;
+}
+
+template <class Axis, class T>
+void transform_data(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t first, int64_t last, float* data) {
+  const ConvPool& p = call.p;
+  const WinogradPlan& plan = call.plan;
+  TileRun runs[kMostBlock];
+  Window<T> windows[kMostBlock];
+  const int cuts = cut(plan, tile, count, false, runs);
+  for (int i = 0; i < cuts; ++i) windows[i] = Window<T>(p, plan, runs[i]);
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  const T* x = static_cast<const T*>(call.a.x) + group * plan.channels * p.xs.c;
+  for (int64_t c = first; c < last; ++c) {
+    float* row = data + c * plan.data_row;
+    // The product is taken of whole vectors: what stands behind the last tile must not be slow or infinite.
+    if (count < padded)
+      for (int i = 0; i < plan.points; ++i) store(row + i * plan.data_plane + padded - kLanes, zero());
+    for (int i = 0; i < cuts; ++i) {
+      // A run's vector reaches into the next run's place, which is written after it; only the last must stop.
+      const int lanes = static_cast<int>(least(kLanes, padded - runs[i].at));
+      float* to = row + runs[i].at;
+      if (windows[i].all_inside()) transform_run<Axis, T, true>(windows[i], x + c * p.xs.c, plan.data_plane, to, lanes);
+      else transform_run<Axis, T, false>(windows[i], x + c * p.xs.c, plan.data_plane, to, lanes);
+    }
+  }
+}
+
+// ---- the products -------------------------------------------------------------------------------------------------
+
+template <int Vectors>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* weight, const float* data, int64_t data_row, float* product,
+                                             int64_t product_row, bool add) {
+  if (add) gemm_tile_store<kFilterRows, Vectors, true>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
+  else gemm_tile_store<kFilterRows, Vectors, false>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
+}
+
+void multiply(const WinogradPlan& plan, int64_t rows, int64_t vectors, const float* weight, const float* data, float* product) {
+  for (int point = 0; point < plan.points; ++point, data += plan.data_plane, product += plan.product_plane)
+    for (int64_t c = 0; c < plan.channels; c += plan.slice_depth()) {
+      const int64_t depth = least(plan.slice_depth(), plan.channels - c);
+      for (int64_t v = 0; v < vectors;) {
+        const int64_t left = vectors - v, taken = left == kTileVectors + 1 ? kTileVectors - 1 : least(left, kTileVectors);
+        const auto tile = taken == 3 ? multiply_tile<kTileVectors> : taken == 2 ? multiply_tile<2> : multiply_tile<1>;
+        for (int64_t r = 0; r < rows; r += kFilterRows)
+          tile(depth, weight + r * depth, data + c * plan.data_row + v * kLanes, plan.data_row,
+               product + r * plan.product_row + v * kLanes, plan.product_row, c > 0);
+        v += taken;
+      }
+      weight += rows * depth;
+    }
+}
+
+// ---- the outputs --------------------------------------------------------------------------------------------------
+
+// The first n of `count` interleaved vectors' elements.
+template <class T>
+INTERFUSE_INLINE void store_row(T* to, Vec* v, int count, int64_t n) {
+  interleave(v, count);
+  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) {
+    if (n >= kLanes) store(to + i * kLanes, v[i]);
+    else store_first(to + i * kLanes, v[i], static_cast<int>(n));
+  }
+}
+INTERFUSE_INLINE void store_index_row(uint8_t* to, IVec* v, int count, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  interleave(v, count);
+  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) {
+    const Bytes bytes = __builtin_convertvector(v[i], Bytes);
+    memcpy(to + i * kLanes, &bytes, static_cast<size_t>(least(n, kLanes)));
+  }
+}
+
+// One filter's outputs under a run of tiles.
+template <class T>
+struct RowTarget {
+  const ConvPool& p;
+  const WinogradPlan& plan;
+  const ConvPoolForward& a;
+  const TileFinish& t;
+  const TileRun& run;
+  int64_t filter;  // among all groups
+
+  // The place of row (d, h) of `size`, whose tiles hold `per` elements each, counted in the tile; and how many
+  // elements of it the run has. No elements: the row is outside.
+  INTERFUSE_INLINE int64_t row(const Triple& size, const Triple& per, int64_t d, int64_t h, int64_t* n) const {
+    const int64_t at_d = run.d * per.d + d, at_h = run.h * per.h + h, at_w = run.w * per.w;
+    *n = at_d < size.d && at_h < size.h ? least(run.count * per.w, size.w - at_w) : 0;
+    return (((run.n * p.out_channels + filter) * size.d + at_d) * size.h + at_h) * size.w + at_w;
+  }
+  INTERFUSE_INLINE void store_values(void* to, const Triple& size, const Triple& per, int64_t d, int64_t h, Vec* v) const {
+    int64_t n;
+    const int64_t at = row(size, per, d, h, &n);
+    store_row(static_cast<T*>(to) + at, v, static_cast<int>(per.w), n);
+  }
+  INTERFUSE_INLINE void store_index(const Triple& per, int64_t d, int64_t h, IVec* v) const {
+    int64_t n;
+    const int64_t at = row(p.out, per, d, h, &n);
+    store_index_row(a.index + at, v, static_cast<int>(per.w), n);
+  }
+};
+
+template <class T>
+INTERFUSE_INLINE void finish_plain(const RowTarget<T>& target, int64_t d, const Vec* z, Vec bias) {
+  const Triple per{target.plan.depth_tile, kTile, kTile};
+  for (int h = 0; h < kTile; ++h) {
+    Vec before[kTile], after[kTile];
+    for (int w = 0; w < kTile; ++w) before[w] = z[h * kTile + w] + bias, after[w] = activate_tile(target.t.f, before[w]);
+    target.store_values(target.a.y, target.p.out, per, d, h, after);
+    if (target.t.pre) target.store_values(target.a.pre, target.p.out, per, d, h, before);
+  }
+}
+
+template <bool Index, class T>
+INTERFUSE_INLINE void finish_max2x2(const RowTarget<T>& target, int64_t d, const Winner* best, Vec bias) {
+  const Triple per{target.plan.depth_tile / target.p.window.d, kTile / 2, kTile / 2};
+  for (int h = 0; h < kTile / 2; ++h) {
+    Vec value[2];
+    IVec place[2];
+    for (int w = 0; w < 2; ++w) {
+      value[w] = activate_tile(target.t.f, best[h * 2 + w].value + bias);
+      if constexpr (Index) place[w] = index_of(target.t, value[w], best[h * 2 + w].place);
+    }
+    target.store_values(target.a.y, target.p.out, per, d, h, value);
+    if constexpr (Index) target.store_index(per, d, h, place);
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void finish_any(const RowTarget<T>& target, const Vec* z, Vec bias) {
+  const ConvPool& p = target.p;
+  const TileRun& run = target.run;
+  const int depth = target.plan.depth_tile;
+  const Triple per{depth / p.window.d, kTile / p.window.h, kTile / p.window.w}, whole{depth, kTile, kTile};
+  // cut() has put a tile that hangs over the end into a run of its own.
+  const Triple limit{least(depth, p.conv.d - run.d * depth), least(kTile, p.conv.h - run.h * kTile),
+                     run.count > 1 ? kTile : least(kTile, p.conv.w - run.w * kTile)};
+  Vec pooled[kPlane * 2], winner[kPlane * 2];
+  IVec place[kPlane * 2];
+  pool_any(target.t, depth, limit, z, bias, pooled, place, winner);
+  for (int64_t d = 0; d < per.d; ++d)
+    for (int64_t h = 0; h < per.h; ++h) {
+      const int64_t at = (d * per.h + h) * per.w;
+      target.store_values(target.a.y, p.out, per, d, h, pooled + at);
+      if (target.t.index) target.store_index(per, d, h, place + at);
+      if (target.t.pre && target.t.maximum) target.store_values(target.a.pre, p.out, per, d, h, winner + at);
+    }
+  if (!target.t.pre || target.t.maximum) return;
+  for (int64_t d = 0; d < depth; ++d)
+    for (int64_t h = 0; h < kTile; ++h) {
+      Vec values[kTile];
+      for (int w = 0; w < kTile; ++w) {
+        const Vec value = z[(d * kTile + h) * kTile + w] + bias;
+        values[w] = p.needs_preactivation() ? value : activate_tile(target.t.f, value);
+      }
+      target.store_values(target.a.pre, p.conv, whole, d, h, values);
+    }
+}
+
+// 36 points of one slice to its 16 results; adds to the check for values that are not finite.
+template <class Source>
+INTERFUSE_INLINE Vec results_of_slice(Source&& source, Vec* z, Vec check) {
+  Vec columns[kTile][kTileIn];
+  unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
+    Vec t[kTileIn], y[kTile];
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { t[r] = source(r * kTileIn + v); });
+    Winograd4::output(t, y);
+    unrolled<kTile>([&](int r) __attribute__((always_inline)) { columns[r][v] = y[r]; });
+  });
+  unrolled<kTile>([&](int r) __attribute__((always_inline)) {
+    Winograd4::output(columns[r], z + r * kTile);
+    unrolled<kTile>([&](int v) __attribute__((always_inline)) { check = finite_check(z[r * kTile + v], check); });
+  });
+  return check;
+}
+
+template <class Axis, class T, Finish Kind, bool Index>
+INTERFUSE_INLINE Vec finish_run(const RowTarget<T>& target, const float* product, int64_t plane, Vec bias, Vec check) {
+  constexpr int depth = Axis::outputs;
+  Vec slices[depth > 1 ? depth : 1][kPlane];
+  if constexpr (depth > 1)
+    for (int i = 0; i < kPlane; ++i) {
+      Vec t[Axis::points], y[depth];
+      unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { t[s] = load(product + (s * kPlane + i) * plane); });
+      Axis::output(t, y);
+      unrolled<depth>([&](int s) __attribute__((always_inline)) { slices[s][i] = y[s]; });
+    }
+  const auto results = [&](int s, Vec* z) __attribute__((always_inline)) {
+    check = results_of_slice([&](int i) __attribute__((always_inline)) { return depth > 1 ? slices[s][i] : load(product + i * plane); },
+                             z, check);
+  };
+  if constexpr (Kind == Finish::any) {
+    Vec z[depth * kTile * kTile];
+    for (int s = 0; s < depth; ++s) results(s, z + s * kTile * kTile);
+    finish_any(target, z, bias);
+  } else if constexpr (Kind == Finish::plain) {
+    for (int s = 0; s < depth; ++s) {
+      Vec z[kTile * kTile];
+      results(s, z);
+      finish_plain(target, s, z, bias);
+    }
+  } else {
+    Winner best[depth][4];
+    for (int s = 0; s < depth; ++s) {
+      Vec z[kTile * kTile];
+      results(s, z);
+      max2x2<Index>(z, best[s]);
+    }
+    if (depth > 1 && target.p.window.d == 2) {
+      for (int s = 0; s + 1 < depth; s += 2) {
+        for (int i = 0; i < 4; ++i) best[s][i] = better<Index>(best[s][i], best[s + 1][i], 4);
+        finish_max2x2<Index>(target, s / 2, best[s], bias);
+      }
+    } else {
+      for (int s = 0; s < depth; ++s) finish_max2x2<Index>(target, s, best[s], bias);
+    }
+  }
+  return check;
+}
+
+template <class Axis, class T, Finish Kind, bool Index>
+void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun* runs, int cuts, int64_t filter, int64_t filters,
+                    const float* product) {
+  Vec checks[kMostBlock];
+  for (int i = 0; i < cuts; ++i) checks[i] = zero();
+  for (int64_t k = 0; k < filters; ++k) {
+    const Vec bias = splat(call.a.bias ? to_float(static_cast<const T*>(call.a.bias)[filter + k]) : 0.f);
+    for (int i = 0; i < cuts; ++i) {
+      const RowTarget<T> target{call.p, call.plan, call.a, t, runs[i], filter + k};
+      checks[i] = finish_run<Axis, T, Kind, Index>(target, product + k * call.plan.product_row + runs[i].at, call.plan.product_plane,
+                                                   bias, checks[i]);
+    }
+  }
+  for (int i = 0; i < cuts; ++i)
+    if (any_nan(checks[i], runs[i].count)) __atomic_store_n(&call.broken[runs[i].n], uint8_t(1), __ATOMIC_RELAXED);
+}
+
+template <class Axis, class T>
+void finish_chunk(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t chunk, const float* data, float* product) {
+  const WinogradPlan& plan = call.plan;
+  const int64_t vectors = (count + kLanes - 1) / kLanes;
+  multiply(plan, chunk_filters(plan, chunk, kFilterRows), vectors, call.weight + group * plan.weight_group() + chunk * plan.weight_chunk(), data,
+           product);
+  const TileFinish t = tile_finish(call.p);
+  TileRun runs[kMostBlock];
+  const int cuts = cut(plan, tile, count, t.kind == Finish::any, runs);
+  const int64_t filter = chunk * plan.chunk, filters = least(plan.chunk, plan.filters - filter), at = group * plan.filters + filter;
+  switch (t.kind) {
+    case Finish::plain: return finish_filters<Axis, T, Finish::plain, false>(call, t, runs, cuts, at, filters, product);
+    case Finish::any: return finish_filters<Axis, T, Finish::any, false>(call, t, runs, cuts, at, filters, product);
+    case Finish::max2x2:
+      if (t.index) return finish_filters<Axis, T, Finish::max2x2, true>(call, t, runs, cuts, at, filters, product);
+      return finish_filters<Axis, T, Finish::max2x2, false>(call, t, runs, cuts, at, filters, product);
+  }
+}
+
+template <class Axis, class T>
+constexpr WinogradKernel kernel = {pack_weight<Axis, T>, transform_data<Axis, T>, finish_chunk<Axis, T>};
+
+}  // namespace
+
+const WinogradKernel* winograd_rows(bool bf16, int depth_tile) {
+  switch (depth_tile) {
+    case 1: return bf16 ? &kernel<Winograd1, uint16_t> : &kernel<Winograd1, float>;
+    case 2: return bf16 ? &kernel<Winograd2, uint16_t> : &kernel<Winograd2, float>;
+    default: return bf16 ? &kernel<Winograd4, uint16_t> : &kernel<Winograd4, float>;
+  }
+}
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse
