@@ -171,6 +171,15 @@ def test_state_dict_loads_both_ways(entry: Entry) -> None:
     assert model.state_dict().keys() == other.state_dict().keys()
 
 
+def test_a_class_whose_forward_is_replaced_later(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x,) = ZOO["functional"].build()
+    interfuse.optimize(model)
+    monkeypatch.setattr(type(model), "forward", lambda self, x: self.pool(self.conv1(x)))
+    assert model(x).shape == (2, 6, 10, 10)
+    assert calls.count == 0
+    assert not interfuse.explain(model).fused
+
+
 def test_hooks_registered_later_are_honoured(calls: Calls) -> None:
     model, (x,) = ZOO["vgg"].build()
     model.eval()

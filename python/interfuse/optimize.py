@@ -135,7 +135,7 @@ def _row(c: Candidate, site: Site | None, outcome: Outcome | None) -> Row:
             reason = outcome.refusal
         return Row(c.name, c.match.text, c.where, False, "", reason, (), *times)
     bound = c.owner.__dict__[c.method]
-    stopped = bound.stale if isinstance(bound, RewrittenMethod) else None
+    stopped = bound.why_stopped() if isinstance(bound, RewrittenMethod) else None
     if bound.lengths[c.key] > c.match.length:
         stopped = c.match.reason
     if stopped:

@@ -101,12 +101,21 @@ class RewrittenMethod(Bound):
             self.function = original
         else:
             self.function = rewritten(read, self.lengths, self.sites)
+        self.original = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.owner, *args, **kwargs)
+        now = getattr(type(self.owner), self.method)
+        return (self.function if now is self.original else now)(self.owner, *args, **kwargs)
+
+    def why_stopped(self) -> str | None:
+        """Why the method runs as it is written, without sites."""
+        if getattr(type(self.owner), self.method) is not self.original:
+            return f"{type(self.owner).__name__}.{self.method} was replaced since; optimise it again"
+        return self.stale
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("function", "stale")}
+        made = ("function", "original", "stale")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -38,6 +38,11 @@ class Activation(NamedTuple):
         return self.name == "relu"
 
 
+RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID = map(
+    Activation, ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+)
+
+
 class Pool(NamedTuple):
     kind: str
     spatial: int
@@ -69,7 +74,7 @@ def touched(module: nn.Module) -> str | None:
 
 
 def _gelu(m: Any) -> Activation:
-    return Activation("gelu_tanh" if m.approximate == "tanh" else "gelu")
+    return GELU_TANH if m.approximate == "tanh" else GELU
 
 
 def _max_pool(spatial: int) -> Callable[[Any], Pool | str]:
@@ -122,12 +127,12 @@ def avg_pool(
 
 
 ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda m: Activation("relu"),
+    nn.ReLU: lambda m: RELU,
     nn.LeakyReLU: lambda m: Activation("leaky_relu", m.negative_slope),
     nn.GELU: _gelu,
-    nn.SiLU: lambda m: Activation("silu"),
-    nn.Tanh: lambda m: Activation("tanh"),
-    nn.Sigmoid: lambda m: Activation("sigmoid"),
+    nn.SiLU: lambda m: SILU,
+    nn.Tanh: lambda m: TANH,
+    nn.Sigmoid: lambda m: SIGMOID,
 }
 POOL_MODULES: dict[type[nn.Module], Callable[[Any], Pool | str]] = {
     nn.MaxPool1d: _max_pool(1),
@@ -147,7 +152,7 @@ FORWARDS: dict[type[nn.Module], Any] = {
 
 
 def _relu(inplace: bool = False) -> Activation:
-    return Activation("relu")
+    return RELU
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
@@ -155,15 +160,15 @@ def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activati
 
 
 def _functional_gelu(*, approximate: str = "none") -> Activation:
-    return Activation("gelu_tanh" if approximate == "tanh" else "gelu")
+    return GELU_TANH if approximate == "tanh" else GELU
 
 
 def _silu(inplace: bool = False) -> Activation:
-    return Activation("silu")
+    return SILU
 
 
-def _plain(name: str) -> Callable[[], Activation]:
-    return lambda: Activation(name)
+def _plain(activation: Activation) -> Callable[[], Activation]:
+    return lambda: activation
 
 
 def _functional_max_pool(spatial: int) -> Callable[..., Pool | str]:
@@ -199,21 +204,21 @@ ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
     F.leaky_relu: _leaky_relu,
     F.gelu: _functional_gelu,
     F.silu: _silu,
-    torch.relu: _plain("relu"),
-    torch.relu_: _plain("relu"),
-    F.relu_: _plain("relu"),
-    torch.tanh: _plain("tanh"),
-    torch.tanh_: _plain("tanh"),
-    F.tanh: _plain("tanh"),
-    torch.sigmoid: _plain("sigmoid"),
-    torch.sigmoid_: _plain("sigmoid"),
-    F.sigmoid: _plain("sigmoid"),
-    "relu": _plain("relu"),
-    "relu_": _plain("relu"),
-    "tanh": _plain("tanh"),
-    "tanh_": _plain("tanh"),
-    "sigmoid": _plain("sigmoid"),
-    "sigmoid_": _plain("sigmoid"),
+    torch.relu: _plain(RELU),
+    torch.relu_: _plain(RELU),
+    F.relu_: _plain(RELU),
+    torch.tanh: _plain(TANH),
+    torch.tanh_: _plain(TANH),
+    F.tanh: _plain(TANH),
+    torch.sigmoid: _plain(SIGMOID),
+    torch.sigmoid_: _plain(SIGMOID),
+    F.sigmoid: _plain(SIGMOID),
+    "relu": _plain(RELU),
+    "relu_": _plain(RELU),
+    "tanh": _plain(TANH),
+    "tanh_": _plain(TANH),
+    "sigmoid": _plain(SIGMOID),
+    "sigmoid_": _plain(SIGMOID),
 }
 POOL_FUNCTIONS: dict[Any, Callable[..., Pool | str]] = {
     F.max_pool1d: _functional_max_pool(1),

@@ -13,7 +13,6 @@ import ast
 import copy
 import functools
 import inspect
-import weakref
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
     FUTURE_FLAGS |= getattr(__future__, _name).compiler_flag
-
-_read: weakref.WeakKeyDictionary[FunctionType, Source | str] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,16 @@ def read(function: object) -> Source | str:
     """The source of a plain Python function, or the reason why it cannot be had."""
     if not isinstance(function, FunctionType):
         return f"it is not a plain Python function but {type(function).__name__}"
-    found = _read.get(function)
-    if found is None:
-        found = _read[function] = _read_afresh(function)
-    return found
+    return _read_function(function)
 
 
 def forget() -> None:
     """Reads every source again when it is next asked for."""
-    _read.clear()
+    _read_function.cache_clear()
 
 
-def _read_afresh(function: FunctionType) -> Source | str:
+@functools.lru_cache(maxsize=256)
+def _read_function(function: FunctionType) -> Source | str:
     code = function.__code__
     if hasattr(function, "__wrapped__"):
         return "it is wrapped by a decorator"
