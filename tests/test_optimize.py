@@ -234,6 +234,19 @@ def test_changes_after_optimize_are_honoured(calls: Calls) -> None:
     torch.testing.assert_close(model(x.double()), plain.double()(x.double()))
 
 
+def test_what_others_put_over_it_stays() -> None:
+    model, (x,) = ZOO["vgg"].build()
+    model = interfuse.optimize(model).features
+    model._old_forward = model.forward  # as accelerate does
+    model.forward = lambda x: model._old_forward(x) + 1
+    mine = model.forward
+    assert not interfuse.explain(model).fused
+    interfuse.restore(model)
+    assert model.forward is mine
+    interfuse.optimize(model)
+    assert model.forward is mine
+
+
 def test_a_sequential_may_change_its_children() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
     interfuse.optimize(model)

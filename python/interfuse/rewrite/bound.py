@@ -142,5 +142,7 @@ def rewritten(read: source.Source, lengths: dict[Place, int], sites: dict[Place,
 
 
 def bound_methods(module: nn.Module) -> Sequence[Bound]:
-    """What optimize() has put on this instance."""
-    return [value for value in module.__dict__.values() if isinstance(value, Bound)]
+    """What optimize() has put on this instance, where it still stands in its place."""
+    return [
+        value for name, value in module.__dict__.items() if isinstance(value, Bound) and value.method == name
+    ]
