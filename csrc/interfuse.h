@@ -102,6 +102,64 @@ INTERFUSE_API interfuse_status interfuse_conv_pool_backward(const interfuse_conv
                                                             const uint8_t* index, const void* pre, void* grad_x,
                                                             void* grad_weight, void* grad_bias, int32_t threads);
 
+/* ---- rnn: a stack of recurrent layers over a whole batch of sequences ---------------------------------------- */
+
+typedef enum interfuse_cell {
+  INTERFUSE_RNN_TANH = 0,
+  INTERFUSE_RNN_RELU = 1,
+  INTERFUSE_LSTM = 2,
+  INTERFUSE_GRU = 3
+} interfuse_cell;
+
+/* Gates stand in the weights as in torch: LSTM input, forget, cell, output; GRU reset, update, new. */
+typedef struct interfuse_rnn_spec {
+  int32_t cell;       /* interfuse_cell */
+  int32_t directions; /* 1, or 2: the second runs from each sequence's end */
+  int32_t bias;
+  int32_t save;         /* 1: forward also writes what backward needs */
+  int32_t weight_dtype; /* INTERFUSE_BFLOAT16: the recurrent weights are rounded to bfloat16 (inference only) */
+  int32_t batch_first;  /* layout of y: (batch, steps, ...) or (steps, batch, ...) */
+  int64_t batch, steps, input_size, hidden_size;
+  int64_t proj_size; /* of the LSTM with projections, or 0 */
+  int64_t layers;
+  int64_t x_strides[2]; /* of (steps, batch), in elements; the last axis has stride 1 */
+  int64_t vocabulary;   /* 0: x holds floats. Else x is a table of so many rows of input_size, chosen by ids */
+} interfuse_rnn_spec;
+
+typedef struct interfuse_rnn interfuse_rnn;
+
+/* The parameters of one layer and direction, as torch keeps them; bias pointers NULL without bias, w_hr NULL without
+ * projection. For gradients: NULL where not wanted. */
+typedef struct interfuse_rnn_weights {
+  float *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+} interfuse_rnn_weights;
+
+typedef struct interfuse_rnn_sequences {
+  const float* x;         /* the input, or the embedding table */
+  const int64_t* ids;     /* with a vocabulary: row numbers, with x_strides */
+  const int64_t* lengths; /* of each sequence, 0 to steps; NULL: all have every step */
+  const float *h0, *c0;   /* (layers * directions, batch, size), or NULL for zeros */
+} interfuse_rnn_sequences;
+
+INTERFUSE_API void interfuse_rnn_defaults(interfuse_rnn_spec* spec);
+INTERFUSE_API interfuse_status interfuse_rnn_create(const interfuse_rnn_spec* spec, interfuse_rnn** plan);
+INTERFUSE_API void interfuse_rnn_destroy(interfuse_rnn* plan);
+/* Floats that forward with save = 1 writes to reserve. */
+INTERFUSE_API int64_t interfuse_rnn_reserve(const interfuse_rnn* plan);
+
+/* y (steps, batch, directions * size) is zero beyond a sequence's length; hn and cn are the states at its end. */
+INTERFUSE_API interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
+                                                     const interfuse_rnn_weights* weights, float* y, float* hn, float* cn,
+                                                     float* reserve, int32_t threads);
+
+/* grad_x is (steps, batch, input_size) dense in y's layout (with a vocabulary: of the rows that were chosen). Any
+ * gradient may be NULL; an incoming one that is NULL counts as zero. */
+INTERFUSE_API interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
+                                                      const interfuse_rnn_weights* weights, const float* reserve,
+                                                      const float* grad_y, const float* grad_hn, const float* grad_cn,
+                                                      float* grad_x, float* grad_h0, float* grad_c0,
+                                                      const interfuse_rnn_weights* grad_weights, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,99 @@
+// The matrix products of the recurrent kernels, on weights packed as [block][k][vectors]. Per-ISA.
+#pragma once
+
+#include "common/gemm.h"
+#include "common/simd.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+
+// The product inside a step: acc[r][v] += sum over k of a(r, k) * w[k][v]. Few rows would leave few accumulators, each
+// waiting out its multiply-add's latency, so k is dealt out to Split sets of them.
+template <int Rows, int Vectors, int Split, class W>
+INTERFUSE_INLINE void step_product(int64_t depth, const float* a, int64_t a_row, const W* w, Vec (&acc)[Rows][Vectors]) {
+  Vec part[Split][Rows][Vectors];
+  unrolled<Split>([&](int s) __attribute__((always_inline)) {
+    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) { part[s][r][v] = s ? zero() : acc[r][v]; });
+    });
+  });
+  const auto step = [&](int s) __attribute__((always_inline)) {
+    Vec columns[Vectors];
+    unrolled<Vectors>([&](int v) __attribute__((always_inline)) { columns[v] = load(w + (s * Vectors + v) * kLanes); });
+    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+      const Vec value = splat(a[r * a_row + s]);
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
+        part[s][r][v] = multiply_add(value, columns[v], part[s][r][v]);
+      });
+    });
+  };
+  int64_t k = 0;
+  for (; k + Split <= depth; k += Split) {
+    unrolled<Split>([&](int s) __attribute__((always_inline)) { step(s); });
+    a += Split, w += Split * Vectors * kLanes;
+    asm("" : "+r"(a), "+r"(w));  // as in gemm_tile: no loads of the next step started early
+  }
+  for (; k < depth; ++k, ++a, w += Vectors * kLanes) {
+    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
+        part[0][r][v] = multiply_add(splat(*(a + r * a_row)), load(w + v * kLanes), part[0][r][v]);
+      });
+    });
+  }
+  unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+    unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
+      Vec sum = part[0][r][v];
+      for (int s = 1; s < Split; ++s) sum = sum + part[s][r][v];
+      acc[r][v] = sum;
+    });
+  });
+}
+
+// Accumulator sets that bring a tile to about ten.
+constexpr int step_split(int accumulators) {
+  return accumulators >= 8 || kGemmAccumulators < 12 ? 1 : accumulators >= 4 ? 2 : kGemmAccumulators >= 24 && accumulators < 2 ? 8 : 4;
+}
+
+// Rows of a tile: a dozen accumulators are enough, and each size is one more copy of the loop.
+constexpr int step_rows(int gates) { return gemm_tile_rows(gates) < 12 ? gemm_tile_rows(gates) : 12; }
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls body(Count<n>) with the largest n of Most, Most / 2, ..., 1 that is at most `rows`, and returns it: a kernel for
+// every number of rows would be two dozen copies of the same loop.
+template <int Most, class Body>
+INTERFUSE_INLINE int one_tile(int64_t rows, Body&& body) {
+  if constexpr (Most > 1) {
+    if (rows < Most) return one_tile<Most / 2>(rows, body);
+  }
+  body(Count<Most>{});
+  return Most;
+}
+
+// c = or += a * b for a whole matrix of `rows`: a(r, k) at a[r * a_row + k * a_step], b packed as [block][k][Vectors]
+// with `blocks` blocks b_block floats apart, c's block v-vectors c_block floats apart and rows c_row apart. start(block,
+// v) is what a fresh sum begins with (add: what c holds).
+template <int Vectors, class Start>
+INTERFUSE_INLINE void packed_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
+                                     const float* b, int64_t b_step, int64_t b_block, int64_t first_block,
+                                     int64_t end_block, float* c, int64_t c_row, int64_t c_block, bool add, Start&& start) {
+  constexpr int kRows = step_rows(Vectors);
+  for (int64_t block = first_block; block < end_block; ++block)
+    for (int64_t r = 0; r < rows;) {
+      float* to = c + r * c_row + block * c_block;
+      r += one_tile<kRows>(rows - r, [&](auto count) __attribute__((always_inline)) {
+        gemm_tile<decltype(count)::value, Vectors>(
+            depth, a + r * a_row, a_row, a_step, b + block * b_block, b_step,
+            [&](int i, int v) __attribute__((always_inline)) {
+              return add ? load(to + i * c_row + v * kLanes) : start(block, v);
+            },
+            [&](int i, int v, Vec sum) __attribute__((always_inline)) { store(to + i * c_row + v * kLanes, sum); });
+      });
+    }
+}
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse

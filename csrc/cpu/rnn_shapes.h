@@ -1,0 +1,66 @@
+// How the recurrent kernels lay out what they keep: everything padded to whole vectors, the gates of a unit block side
+// by side. Per-ISA (see common/simd.h).
+#pragma once
+
+#include "common/rnn.h"
+#include "common/simd.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+
+INTERFUSE_INLINE int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// What one (layer, direction) keeps of a whole batch, in step order: for each token the gates, the cell state, the
+// hidden state before a projection, and the output.
+template <class Cell>
+struct RnnLayout {
+  int64_t units, outputs;  // padded
+  int64_t gate_row;        // floats of one token's gates
+  int64_t gates, cell, hidden, output, total;  // offsets
+
+  RnnLayout(const Rnn& p, int64_t tokens) : units(padded(p.hidden)), outputs(padded(p.output())) {
+    gate_row = units * Cell::kSlots;
+    gates = 0;
+    cell = gates + tokens * gate_row;
+    hidden = cell + (Cell::kCell ? tokens * units : 0);
+    output = hidden + (p.projection ? tokens * units : 0);
+    total = output + tokens * outputs;
+  }
+};
+
+// Calls body.template run<Cell>() for the problem's cell.
+template <class Body>
+INTERFUSE_INLINE void for_cell(int cell, Body&& body) {
+  switch (cell) {
+    case INTERFUSE_LSTM: return body.template run<LstmCell>();
+    case INTERFUSE_GRU: return body.template run<GruCell>();
+    case INTERFUSE_RNN_RELU: return body.template run<PlainCell<INTERFUSE_RELU>>();
+    default: return body.template run<PlainCell<INTERFUSE_TANH>>();
+  }
+}
+
+// One token's input to a layer: a row of x, of the embedding table, or the two directions' outputs of the layer below.
+struct RnnInput {
+  const Rnn& p;
+  const RnnOrder& order;
+  const interfuse_rnn_sequences* in;
+  const float* below[2];  // outputs of the layer below by direction; null in the first layer
+  int64_t below_row;
+
+  INTERFUSE_INLINE void copy(int direction, int64_t s, int64_t j, float* to) const {
+    const int64_t t = order.time_of(direction, s, j);
+    if (!below[0]) {
+      const int64_t at = t * p.x_step + order.row[j] * p.x_row;
+      memcpy(to, in->x + (p.vocabulary ? in->ids[at] * p.input : at), static_cast<size_t>(p.input) * 4);
+      return;
+    }
+    for (int d = 0; d < p.directions; ++d) {
+      // The step at which direction d stood at time t.
+      const int64_t step = d == 0 ? t : order.length[j] - 1 - t;
+      memcpy(to + d * p.output(), below[d] + (order.first[step] + j) * below_row, static_cast<size_t>(p.output()) * 4);
+    }
+  }
+};
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse

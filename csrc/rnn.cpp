@@ -1,0 +1,173 @@
+// rnn's C API: checks the problem and sorts the sequences.
+#include "common/rnn.h"
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "common/error.h"
+#include "common/parallel.h"
+
+namespace interfuse {
+namespace {
+
+constexpr int64_t kMost = int64_t(1) << 40;
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most)
+    invalid("rnn: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
+}
+
+// The sorted order and the storage behind it.
+struct Order {
+  std::vector<int64_t> row, length, active, first;
+  RnnOrder view;
+
+  Order(const Rnn& p, const int64_t* lengths) : row(p.batch), length(p.batch) {
+    std::iota(row.begin(), row.end(), 0);
+    if (lengths) {
+      for (int64_t b = 0; b < p.batch; ++b)
+        if (lengths[b] < 0 || lengths[b] > p.steps)
+          invalid("rnn: the length of sequence %lld is %lld; allowed is 0 to %lld, the number of steps of the input.",
+                  (long long)b, (long long)lengths[b], (long long)p.steps);
+      std::stable_sort(row.begin(), row.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    }
+    for (int64_t j = 0; j < p.batch; ++j) length[j] = lengths ? lengths[row[j]] : p.steps;
+    const int64_t steps = p.batch ? length[0] : 0;
+    active.assign(steps + 1, 0);
+    first.assign(steps + 1, 0);
+    int64_t rows = p.batch;
+    for (int64_t s = 0; s < steps; ++s) {
+      while (length[rows - 1] <= s) --rows;
+      active[s] = rows;
+      first[s + 1] = first[s] + rows;
+    }
+    const bool ragged = p.batch > 0 && (length.back() != p.steps);
+    view = {row.data(), length.data(), active.data(), first.data(), steps, first[steps], ragged};
+  }
+};
+
+void check_ids(const Rnn& p, const Order& order, const int64_t* ids) {
+  if (!ids) invalid("rnn: this plan has a vocabulary, but ids is a null pointer; pass the token ids.");
+  for (int64_t j = 0; j < p.batch; ++j)
+    for (int64_t t = 0; t < order.length[j]; ++t) {
+      const int64_t id = ids[t * p.x_step + order.row[j] * p.x_row];
+      if (id < 0 || id >= p.vocabulary)
+        invalid("rnn: token id %lld at step %lld of sequence %lld is outside the embedding's %lld rows.", (long long)id,
+                (long long)t, (long long)order.row[j], (long long)p.vocabulary);
+    }
+}
+
+void check_weights(const Rnn& p, const interfuse_rnn_weights* weights) {
+  if (!weights) invalid("rnn: weights is a null pointer; pass one entry per layer and direction.");
+  for (int64_t i = 0; i < p.layers * p.directions; ++i)
+    if (!weights[i].w_ih || !weights[i].w_hh || (p.bias && (!weights[i].b_ih || !weights[i].b_hh)) ||
+        (p.projection && !weights[i].w_hr))
+      invalid("rnn: a weight of layer %lld, direction %lld is a null pointer; w_ih, w_hh%s%s are needed.",
+              (long long)(i / p.directions), (long long)(i % p.directions), p.bias ? ", b_ih, b_hh" : "",
+              p.projection ? ", w_hr" : "");
+}
+
+}  // namespace
+
+Rnn checked_rnn(const interfuse_rnn_spec& s) {
+  check_range("cell", s.cell, INTERFUSE_RNN_TANH, INTERFUSE_GRU);
+  check_range("directions", s.directions, 1, 2);
+  check_range("weight_dtype", s.weight_dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range("batch", s.batch, 0, INT32_MAX);
+  check_range("steps", s.steps, 0, INT32_MAX);
+  check_range("input_size", s.input_size, 1, INT32_MAX);
+  check_range("hidden_size", s.hidden_size, 1, 1 << 24);
+  check_range("proj_size", s.proj_size, 0, s.hidden_size - 1);
+  check_range("layers", s.layers, 1, 1 << 16);
+  check_range("vocabulary", s.vocabulary, 0, INT32_MAX);
+  if (s.proj_size && s.cell != INTERFUSE_LSTM)
+    invalid("rnn: proj_size is %lld, but only the LSTM has projections; use 0.", (long long)s.proj_size);
+  if (s.save && s.weight_dtype != INTERFUSE_FLOAT32)
+    invalid("rnn: bfloat16 weights are for inference; a plan with save = 1 needs float32 weights.");
+  const int64_t width = std::max(s.input_size, 4 * s.hidden_size);
+  if (s.batch && s.steps > kMost / s.batch / width)
+    invalid("rnn: %lld steps of %lld sequences are too large together; split the batch.", (long long)s.steps, (long long)s.batch);
+  Rnn p{};
+  p.cell = s.cell, p.directions = s.directions;
+  p.bias = s.bias != 0, p.save = s.save != 0, p.batch_first = s.batch_first != 0;
+  p.half_weights = s.weight_dtype == INTERFUSE_BFLOAT16;
+  p.batch = s.batch, p.steps = s.steps, p.input = s.input_size, p.hidden = s.hidden_size;
+  p.projection = s.proj_size, p.layers = s.layers;
+  p.x_step = s.x_strides[0], p.x_row = s.x_strides[1];
+  p.vocabulary = s.vocabulary;
+  return p;
+}
+
+}  // namespace interfuse
+
+struct interfuse_rnn {
+  interfuse::Rnn problem;
+  const interfuse::RnnKernels* kernels;
+};
+
+extern "C" {
+
+void interfuse_rnn_defaults(interfuse_rnn_spec* spec) {
+  *spec = interfuse_rnn_spec{};
+  spec->directions = 1;
+  spec->bias = 1;
+  spec->layers = 1;
+}
+
+interfuse_status interfuse_rnn_create(const interfuse_rnn_spec* spec, interfuse_rnn** plan) {
+  return interfuse::guarded([&] {
+    if (!spec || !plan) interfuse::invalid("rnn: create was given a null pointer; pass a spec and a place for the plan.");
+    auto made = std::make_unique<interfuse_rnn>();
+    made->problem = interfuse::checked_rnn(*spec);
+    made->kernels = INTERFUSE_PICK(rnn_kernels);
+    *plan = made.release();
+  });
+}
+
+void interfuse_rnn_destroy(interfuse_rnn* plan) { delete plan; }
+
+int64_t interfuse_rnn_reserve(const interfuse_rnn* plan) {
+  const interfuse::Rnn& p = plan->problem;
+  return p.save ? plan->kernels->reserve(p, p.batch * p.steps) : 0;
+}
+
+interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
+                                       const interfuse_rnn_weights* weights, float* y, float* hn, float* cn,
+                                       float* reserve, int32_t threads) {
+  using namespace interfuse;
+  return guarded([&] {
+    if (!plan || !sequences) invalid("rnn: forward was given no plan or no sequences; both are needed.");
+    const Rnn& p = plan->problem;
+    if (p.batch == 0) return;
+    check_weights(p, weights);
+    if ((p.steps && (!sequences->x || !y)) || !hn || (p.cell == INTERFUSE_LSTM && !cn))
+      invalid("rnn: forward was given a null pointer for x, y, hn%s; all are needed.", p.cell == INTERFUSE_LSTM ? " or cn" : "");
+    if (p.save && p.steps && !reserve) invalid("rnn: this plan saves for backward; pass a reserve of interfuse_rnn_reserve floats.");
+    const Order order(p, sequences->lengths);
+    if (p.vocabulary) check_ids(p, order, sequences->ids);
+    plan->kernels->forward(p, order.view, {sequences, weights, y, hn, cn, reserve, usable_threads(threads)});
+  });
+}
+
+interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
+                                        const interfuse_rnn_weights* weights, const float* reserve, const float* grad_y,
+                                        const float* grad_hn, const float* grad_cn, float* grad_x, float* grad_h0,
+                                        float* grad_c0, const interfuse_rnn_weights* grad_weights, int32_t threads) {
+  using namespace interfuse;
+  return guarded([&] {
+    if (!plan || !sequences || !grad_weights)
+      invalid("rnn: backward was given no plan, sequences or grad_weights; all three are needed (entries may be NULL).");
+    const Rnn& p = plan->problem;
+    if (!p.save) invalid("rnn: backward needs a plan with save = 1, the one its forward ran with.");
+    if (p.batch) check_weights(p, weights);
+    if (p.batch && p.steps && (!reserve || !sequences->x)) invalid("rnn: backward was given a null pointer for x or reserve; both are needed.");
+    const Order order(p, sequences->lengths);
+    if (p.vocabulary) check_ids(p, order, sequences->ids);
+    plan->kernels->backward(p, order.view, {sequences, weights, reserve, grad_y, grad_hn, grad_cn, grad_x, grad_h0, grad_c0,
+                                            grad_weights, usable_threads(threads)});
+  });
+}
+
+}  // extern "C"
