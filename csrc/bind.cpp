@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -33,7 +34,7 @@ void fill(const char* name, const Sizes& from, int spatial, int64_t* to) {
   for (int axis = 0; axis < spatial; ++axis) to[3 - spatial + axis] = from[axis];
 }
 
-int32_t one_of(const char* name, const std::string& value, std::initializer_list<const char*> names) {
+int32_t one_of(const char* op, const char* name, const std::string& value, std::initializer_list<const char*> names) {
   int32_t at = 0;
   for (const char* candidate : names) {
     if (value == candidate) return at;
@@ -41,7 +42,7 @@ int32_t one_of(const char* name, const std::string& value, std::initializer_list
   }
   std::string allowed;
   for (const char* candidate : names) allowed += (allowed.empty() ? "'" : ", '") + std::string(candidate) + "'";
-  throw py::value_error("conv_pool: " + std::string(name) + " is '" + value + "'; allowed are " + allowed + ".");
+  throw py::value_error(std::string(op) + ": " + name + " is '" + value + "'; allowed are " + allowed + ".");
 }
 
 class ConvPoolDesc {
@@ -62,7 +63,7 @@ class ConvPoolDesc {
                             " entries; 5 are needed: batch, channel, depth, height, width.");
     interfuse_conv_pool_spec spec;
     interfuse_conv_pool_defaults(&spec);
-    spec.dtype = one_of("dtype", dtype, {"float32", "bfloat16"});
+    spec.dtype = one_of("conv_pool", "dtype", dtype, {"float32", "bfloat16"});
     spec.channels_last = channels_last;
     spec.batch = batch, spec.in_channels = in_channels, spec.out_channels = out_channels, spec.groups = groups;
     fill("input", input, spatial, spec.input);
@@ -74,17 +75,17 @@ class ConvPoolDesc {
       spec.padding_hi[3 - spatial + axis] = padding[2 * axis + 1];
     }
     for (int axis = 0; axis < 5; ++axis) spec.x_strides[axis] = x_strides[axis];
-    spec.activation = one_of("activation", activation,
+    spec.activation = one_of("conv_pool", "activation", activation,
                              {"none", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"});
     spec.negative_slope = static_cast<float>(negative_slope);
-    spec.pool = one_of("pool", pool, {"none", "max", "avg"});
+    spec.pool = one_of("conv_pool", "pool", pool, {"none", "max", "avg"});
     if (spec.pool != INTERFUSE_POOL_NONE) {
       fill("pool_size", pool_size, spatial, spec.pool_size);
       fill("pool_stride", pool_stride, spatial, spec.pool_stride);
       fill("pool_padding", pool_padding, spatial, spec.pool_padding);
     }
     spec.ceil_mode = ceil_mode, spec.count_include_pad = count_include_pad;
-    spec.precision = one_of("precision", precision, {"default", "highest"});
+    spec.precision = one_of("conv_pool", "precision", precision, {"default", "highest"});
     spec.save = save;
     raise(interfuse_conv_pool_create(&spec, &plan_));
   }
@@ -131,6 +132,83 @@ void conv_pool_backward(const ConvPoolDesc& desc, uintptr_t grad_y, uintptr_t x,
     status = interfuse_conv_pool_backward(desc.plan(), at<void>(grad_y), at<void>(x), at<void>(weight), at<void>(y),
                                           at<uint8_t>(index), at<void>(pre), at<void>(grad_x), at<void>(grad_weight),
                                           at<void>(grad_bias), threads);
+  }
+  raise(status);
+}
+
+class RnnDesc {
+ public:
+  RnnDesc(const std::string& cell, int directions, bool bias, bool save, const std::string& weight_dtype,
+          bool batch_first, int64_t batch, int64_t steps, int64_t input_size, int64_t hidden_size, int64_t proj_size,
+          int64_t layers, const std::array<int64_t, 2>& x_strides, int64_t vocabulary) {
+    interfuse_rnn_spec spec;
+    interfuse_rnn_defaults(&spec);
+    spec.cell = one_of("rnn", "cell", cell, {"rnn_tanh", "rnn_relu", "lstm", "gru"});
+    spec.directions = directions, spec.bias = bias, spec.save = save, spec.batch_first = batch_first;
+    spec.weight_dtype = one_of("rnn", "weight_dtype", weight_dtype, {"float32", "bfloat16"});
+    spec.batch = batch, spec.steps = steps, spec.input_size = input_size, spec.hidden_size = hidden_size;
+    spec.proj_size = proj_size, spec.layers = layers, spec.vocabulary = vocabulary;
+    spec.x_strides[0] = x_strides[0], spec.x_strides[1] = x_strides[1];
+    raise(interfuse_rnn_create(&spec, &plan_));
+    weights_ = static_cast<size_t>(layers * directions);
+  }
+  ~RnnDesc() { interfuse_rnn_destroy(plan_); }
+  RnnDesc(const RnnDesc&) = delete;
+  RnnDesc& operator=(const RnnDesc&) = delete;
+
+  const interfuse_rnn* plan() const { return plan_; }
+  int64_t reserve() const { return interfuse_rnn_reserve(plan_); }
+
+  // Five addresses for each layer and direction, 0 where there is none.
+  std::vector<interfuse_rnn_weights> weights(const std::vector<uintptr_t>& addresses) const {
+    if (addresses.size() != 5 * weights_)
+      throw py::value_error("rnn: " + std::to_string(addresses.size()) + " weight addresses were given; " +
+                            std::to_string(5 * weights_) + " are needed: w_ih, w_hh, b_ih, b_hh, w_hr (0 for none) of each "
+                            "layer and direction.");
+    std::vector<interfuse_rnn_weights> all(weights_);
+    for (size_t i = 0; i < weights_; ++i) {
+      const uintptr_t* from = addresses.data() + 5 * i;
+      all[i] = {at<float>(from[0]), at<float>(from[1]), at<float>(from[2]), at<float>(from[3]), at<float>(from[4])};
+    }
+    return all;
+  }
+
+ private:
+  interfuse_rnn* plan_ = nullptr;
+  size_t weights_ = 0;
+};
+
+interfuse_rnn_sequences sequences(uintptr_t x, uintptr_t ids, uintptr_t lengths, uintptr_t h0, uintptr_t c0) {
+  return {at<const float>(x), at<const int64_t>(ids), at<const int64_t>(lengths), at<const float>(h0),
+          at<const float>(c0)};
+}
+
+void rnn_forward(const RnnDesc& desc, uintptr_t x, uintptr_t ids, uintptr_t lengths, uintptr_t h0, uintptr_t c0,
+                 const std::vector<uintptr_t>& weights, uintptr_t y, uintptr_t hn, uintptr_t cn, uintptr_t reserve,
+                 int threads) {
+  const auto all = desc.weights(weights);
+  const interfuse_rnn_sequences in = sequences(x, ids, lengths, h0, c0);
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_rnn_forward(desc.plan(), &in, all.data(), at<float>(y), at<float>(hn), at<float>(cn),
+                                   at<float>(reserve), threads);
+  }
+  raise(status);
+}
+
+void rnn_backward(const RnnDesc& desc, uintptr_t x, uintptr_t ids, uintptr_t lengths, uintptr_t h0, uintptr_t c0,
+                  const std::vector<uintptr_t>& weights, uintptr_t reserve, uintptr_t grad_y, uintptr_t grad_hn,
+                  uintptr_t grad_cn, uintptr_t grad_x, uintptr_t grad_h0, uintptr_t grad_c0,
+                  const std::vector<uintptr_t>& grad_weights, int threads) {
+  const auto all = desc.weights(weights), grads = desc.weights(grad_weights);
+  const interfuse_rnn_sequences in = sequences(x, ids, lengths, h0, c0);
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_rnn_backward(desc.plan(), &in, all.data(), at<float>(reserve), at<float>(grad_y),
+                                    at<float>(grad_hn), at<float>(grad_cn), at<float>(grad_x), at<float>(grad_h0),
+                                    at<float>(grad_c0), grads.data(), threads);
   }
   raise(status);
 }
@@ -192,4 +270,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv_pool_backward", &conv_pool_backward, py::arg("desc"), py::arg("grad_y"), py::arg("x"), py::arg("weight"),
         py::arg("y"), py::arg("index"), py::arg("pre"), py::arg("grad_x"), py::arg("grad_weight"),
         py::arg("grad_bias"), py::arg("threads"));
+  py::class_<RnnDesc>(m, "RnnDesc")
+      .def(py::init<const std::string&, int, bool, bool, const std::string&, bool, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, const std::array<int64_t, 2>&, int64_t>(),
+           py::arg("cell"), py::arg("directions"), py::arg("bias"), py::arg("save"), py::arg("weight_dtype"),
+           py::arg("batch_first"), py::arg("batch"), py::arg("steps"), py::arg("input_size"), py::arg("hidden_size"),
+           py::arg("proj_size"), py::arg("layers"), py::arg("x_strides"), py::arg("vocabulary"))
+      .def_property_readonly("reserve", &RnnDesc::reserve);
+  m.def("rnn_forward", &rnn_forward, py::arg("desc"), py::arg("x"), py::arg("ids"), py::arg("lengths"), py::arg("h0"),
+        py::arg("c0"), py::arg("weights"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("reserve"),
+        py::arg("threads"));
+  m.def("rnn_backward", &rnn_backward, py::arg("desc"), py::arg("x"), py::arg("ids"), py::arg("lengths"), py::arg("h0"),
+        py::arg("c0"), py::arg("weights"), py::arg("reserve"), py::arg("grad_y"), py::arg("grad_hn"),
+        py::arg("grad_cn"), py::arg("grad_x"), py::arg("grad_h0"), py::arg("grad_c0"), py::arg("grad_weights"),
+        py::arg("threads"));
 }

@@ -57,5 +57,62 @@ def conv_pool_backward(
     grad_bias: int,
     threads: int,
 ) -> None: ...
+
+class RnnDesc:
+    # A checked recurrent problem. cell: "rnn_tanh", "rnn_relu", "lstm" or "gru"; x_strides are those of steps and
+    # batch, in elements.
+    def __init__(
+        self,
+        cell: str,
+        directions: int,
+        bias: bool,
+        save: bool,
+        weight_dtype: str,
+        batch_first: bool,
+        batch: int,
+        steps: int,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int,
+        layers: int,
+        x_strides: tuple[int, int],
+        vocabulary: int,
+    ) -> None: ...
+    @property
+    def reserve(self) -> int: ...
+
+# Weights are five addresses for each layer and direction: w_ih, w_hh, b_ih, b_hh, w_hr, 0 for none.
+def rnn_forward(
+    desc: RnnDesc,
+    x: int,
+    ids: int,
+    lengths: int,
+    h0: int,
+    c0: int,
+    weights: Sequence[int],
+    y: int,
+    hn: int,
+    cn: int,
+    reserve: int,
+    threads: int,
+) -> None: ...
+def rnn_backward(
+    desc: RnnDesc,
+    x: int,
+    ids: int,
+    lengths: int,
+    h0: int,
+    c0: int,
+    weights: Sequence[int],
+    reserve: int,
+    grad_y: int,
+    grad_hn: int,
+    grad_cn: int,
+    grad_x: int,
+    grad_h0: int,
+    grad_c0: int,
+    grad_weights: Sequence[int],
+    threads: int,
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...
