@@ -12,8 +12,6 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE Vec sigmoid_of(Vec v) { return activate(Activation{INTERFUSE_SIGMOID, 0}, v); }
-INTERFUSE_INLINE Vec tanh_of(Vec v) { return activate(Activation{INTERFUSE_TANH, 0}, v); }
 INTERFUSE_INLINE Vec vector_of(const float* p, int gate) { return load(p + gate * kLanes); }
 
 template <int Kind>
@@ -41,18 +39,18 @@ struct LstmCell {
 
   static INTERFUSE_INLINE Vec start(int gate, const float* x, const float*) { return vector_of(x, gate); }
   static INTERFUSE_INLINE Vec forward(const Vec (&sum)[4], const float*, Vec, Vec& c, float* saved) {
-    const Vec i = sigmoid_of(sum[0]), f = sigmoid_of(sum[1]), g = tanh_of(sum[2]), o = sigmoid_of(sum[3]);
+    const Vec i = logistic(sum[0]), f = logistic(sum[1]), g = tanh(sum[2]), o = logistic(sum[3]);
     c = f * c + i * g;
     if (saved) {
       store(saved, i), store(saved + kLanes, f), store(saved + 2 * kLanes, g), store(saved + 3 * kLanes, o);
     }
-    return o * tanh_of(c);
+    return o * tanh(c);
   }
   // carry: the gradient of c, in from the step after, out to the step before.
   static INTERFUSE_INLINE void backward(Vec dh, Vec& carry, Vec c, Vec c_before, Vec, const float* saved, Vec (&dx)[4],
                                         Vec (&)[4]) {
     const Vec i = vector_of(saved, 0), f = vector_of(saved, 1), g = vector_of(saved, 2), o = vector_of(saved, 3);
-    const Vec t = tanh_of(c);
+    const Vec t = tanh(c);
     const Vec dc = carry + dh * o * (1.f - t * t);
     dx[0] = dc * g * i * (1.f - i);
     dx[1] = dc * c_before * f * (1.f - f);
@@ -71,7 +69,7 @@ struct GruCell {
     return gate < 2 ? vector_of(x, gate) : load(bias);
   }
   static INTERFUSE_INLINE Vec forward(const Vec (&sum)[3], const float* x, Vec h_before, Vec&, float* saved) {
-    const Vec r = sigmoid_of(sum[0]), z = sigmoid_of(sum[1]), n = tanh_of(vector_of(x, 2) + r * sum[2]);
+    const Vec r = logistic(sum[0]), z = logistic(sum[1]), n = tanh(vector_of(x, 2) + r * sum[2]);
     if (saved) {
       store(saved, r), store(saved + kLanes, z), store(saved + 2 * kLanes, n), store(saved + 3 * kLanes, sum[2]);
     }
