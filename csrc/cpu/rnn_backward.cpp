@@ -15,6 +15,8 @@ namespace {
 
 // Tokens whose gates' gradients and inputs stay in L2 while a weight's gradient takes them in.
 constexpr int64_t kTokens = 192;
+// Vectors of columns that a step's tile spans, and that the products over all tokens do.
+constexpr int kPanel = 2, kWide = 4;
 
 template <class Cell>
 class Backward {
@@ -94,9 +96,8 @@ class Backward {
       const Range mine = team.share(d, (order_.tokens + kTokens - 1) / kTokens);
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         const int64_t first = i * kTokens, count = order_.tokens - first < kTokens ? order_.tokens - first : kTokens;
-        packed_product<1>(count, gate_row_, x.dx + first * gate_row_, gate_row_, 1, x.w_ih, kLanes, gate_row_ * kLanes, 0,
-                          room / kLanes, x.grad_input + first * room, room, kLanes, false,
-                          [](int64_t, int) __attribute__((always_inline)) { return zero(); });
+        wide_product(count, gate_row_, x.dx + first * gate_row_, gate_row_, 1, x.w_ih, 0, gate_row_, room / kLanes,
+                     x.grad_input + first * room, room, false);
       }
     }
   }
@@ -107,10 +108,10 @@ class Backward {
     const int64_t at = layer * p_.directions + d, size = p_.output();
     const interfuse_rnn_weights& w = a_.weights[at];
     Range mine = team.share(d, outputs_ / kLanes);
-    pack_gates_transposed(w.w_hh, Cell::kGates, p_.hidden, size, mine.begin, mine.end, x.w_hh);
+    pack_gates_transposed<kPanel>(w.w_hh, Cell::kGates, p_.hidden, size, mine.begin, mine.end, x.w_hh);
     if (needs_input_gradient(layer)) {
       mine = team.share(d, layer_room(layer) / kLanes);
-      pack_gates_transposed(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), mine.begin, mine.end, x.w_ih);
+      pack_gates_transposed<kWide>(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), mine.begin, mine.end, x.w_ih);
     }
     mine = team.share(d, p_.batch);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
@@ -152,97 +153,115 @@ class Backward {
   }
 
   // The gradient of the output of rows j.. of step s, one block of it: from above and from the step after.
-  template <int Rows>
+  template <int Rows, int Vectors>
   INTERFUSE_INLINE void output_gradient(int64_t layer, int d, const Direction& x, int64_t s, int64_t block, int64_t j,
-                                        bool continues, Vec (&dh)[Rows][1]) const {
+                                        bool continues, Vec (&dh)[Rows][Vectors]) const {
     unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      dh[r][0] = from_above(layer, d, s, j + r, block * kLanes);
-      if (!continues) dh[r][0] += load(x.incoming + (j + r) * outputs_ + block * kLanes);
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
+        dh[r][v] = from_above(layer, d, s, j + r, (block + v) * kLanes);
+        if (!continues) dh[r][v] += load(x.incoming + (j + r) * outputs_ + (block + v) * kLanes);
+      });
     });
     if (continues)
-      step_product<Rows, 1, step_split(Rows)>(gate_row_, x.dsum + (order_.first[s + 1] + j) * gate_row_, gate_row_,
-                                              x.w_hh + block * gate_row_ * kLanes, dh);
+      step_product<Rows, Vectors, step_split(Rows * Vectors)>(gate_row_, x.dsum + (order_.first[s + 1] + j) * gate_row_,
+                                                              gate_row_, x.w_hh + block * gate_row_ * kLanes, dh);
   }
 
-  // Calls body(Count<rows>, block, first row, continues) for this thread's part of step s: the rows that go on to the
-  // step after, and those that end here.
+  // Calls body(Count<rows>, Count<vectors>, block, first row, continues) for this thread's part of step s, over panels
+  // of up to two vectors: the rows that go on to the step after, and those that end here.
   template <class Body>
   INTERFUSE_INLINE void for_tiles(const RnnTeam& team, int d, int64_t s, int64_t blocks, Body&& body) const {
-    constexpr int kRows = step_rows(1);
+    constexpr int kRows = step_rows(kPanel);
     const int64_t active = order_.active[s], going = order_.active[s + 1];
-    const int64_t tiles = (active + kRows - 1) / kRows;
-    const Range mine = team.share(d, blocks * tiles);
+    const int64_t tiles = (active + kRows - 1) / kRows, panels = (blocks + kPanel - 1) / kPanel;
+    const Range mine = team.share(d, panels * tiles);
     for (int64_t task = mine.begin; task < mine.end; ++task) {
-      const int64_t block = task / tiles, begin = task % tiles * kRows, end = begin + kRows < active ? begin + kRows : active;
+      const int64_t block = task / tiles * kPanel, begin = task % tiles * kRows;
+      const int64_t end = begin + kRows < active ? begin + kRows : active;
       for (int64_t j = begin; j < end;) {
         const bool continues = j < going;
         const int64_t most = continues && going < end ? going : end;
-        j += one_tile<kRows>(most - j, [&](auto count) __attribute__((always_inline)) { body(count, block, j, continues); });
+        j += one_tile<kRows>(most - j, [&](auto rows) __attribute__((always_inline)) {
+          if (block + kPanel <= blocks)
+            body(rows, Count<kPanel>{}, block, j, continues);
+          else
+            body(rows, Count<1>{}, block, j, continues);
+        });
       }
     }
   }
 
   void step(const RnnTeam& team, int64_t layer, int d, const Direction& x, int64_t s) {
-    for_tiles(team, d, s, blocks_, [&](auto count, int64_t block, int64_t j, bool continues) __attribute__((always_inline)) {
-      constexpr int kRows = decltype(count)::value;
-      Vec dh[kRows][1];
-      if (p_.projection) {
-        // dh = dy * w_hr, whose rows are the projection's outputs: torch's own layout serves, but for its tail.
-        unrolled<kRows>([&](int r) __attribute__((always_inline)) { dh[r][0] = zero(); });
-        const float* w = a_.weights[layer * p_.directions + d].w_hr;
-        const int64_t left = p_.hidden - block * kLanes;
-        for (int64_t k = 0; k < p_.projection; ++k) {
-          const float* row = w + k * p_.hidden + block * kLanes;
-          const Vec column = left >= kLanes ? load(row) : load_first(row, static_cast<int>(left));
-          unrolled<kRows>([&](int r) __attribute__((always_inline)) {
-            dh[r][0] = multiply_add(splat(x.dh[(j + r) * outputs_ + k]), column, dh[r][0]);
-          });
-        }
-      } else {
-        output_gradient<kRows>(layer, d, x, s, block, j, continues, dh);
-      }
-      pointwise<kRows>(layer, d, x, s, block, j, continues, dh);
+    for_tiles(team, d, s, blocks_, [&](auto rows, auto vectors, int64_t block, int64_t j, bool continues) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(rows)::value, kVectors = decltype(vectors)::value;
+      Vec dh[kRows][kVectors];
+      if (p_.projection)
+        unproject(layer, d, x, block, j, dh);
+      else
+        output_gradient(layer, d, x, s, block, j, continues, dh);
+      unrolled<kVectors>([&](int v) __attribute__((always_inline)) {
+        unrolled<kRows>([&](int r) __attribute__((always_inline)) {
+          pointwise(layer, d, x, s, block + v, j + r, continues, dh[r][v]);
+        });
+      });
     });
+  }
+
+  // dh = dy * w_hr, whose rows are the projection's outputs: torch's own layout serves, but for its tail.
+  template <int Rows, int Vectors>
+  INTERFUSE_INLINE void unproject(int64_t layer, int d, const Direction& x, int64_t block, int64_t j,
+                                  Vec (&dh)[Rows][Vectors]) const {
+    const float* w = a_.weights[layer * p_.directions + d].w_hr;
+    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) { dh[r][v] = zero(); });
+    });
+    for (int64_t k = 0; k < p_.projection; ++k)
+      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
+        const int64_t column = (block + v) * kLanes, left = p_.hidden - column;
+        const float* row = w + k * p_.hidden + column;
+        const Vec weights = left >= kLanes ? load(row) : load_first(row, static_cast<int>(left));
+        unrolled<Rows>([&](int r) __attribute__((always_inline)) {
+          dh[r][v] = multiply_add(splat(x.dh[(j + r) * outputs_ + k]), weights, dh[r][v]);
+        });
+      });
   }
 
   // With a projection: the gradient of its result, for this step and for the weight's gradient.
   void output_step(const RnnTeam& team, int64_t layer, int d, const Direction& x, int64_t s) {
-    for_tiles(team, d, s, outputs_ / kLanes, [&](auto count, int64_t block, int64_t j, bool continues) __attribute__((always_inline)) {
-      constexpr int kRows = decltype(count)::value;
-      Vec dh[kRows][1];
-      output_gradient<kRows>(layer, d, x, s, block, j, continues, dh);
+    for_tiles(team, d, s, outputs_ / kLanes, [&](auto rows, auto vectors, int64_t block, int64_t j, bool continues) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(rows)::value, kVectors = decltype(vectors)::value;
+      Vec dh[kRows][kVectors];
+      output_gradient(layer, d, x, s, block, j, continues, dh);
       unrolled<kRows>([&](int r) __attribute__((always_inline)) {
-        store(x.dh + (j + r) * outputs_ + block * kLanes, dh[r][0]);
-        store(x.doutput + (order_.first[s] + j + r) * outputs_ + block * kLanes, dh[r][0]);
+        unrolled<kVectors>([&](int v) __attribute__((always_inline)) {
+          store(x.dh + (j + r) * outputs_ + (block + v) * kLanes, dh[r][v]);
+          store(x.doutput + (order_.first[s] + j + r) * outputs_ + (block + v) * kLanes, dh[r][v]);
+        });
       });
     });
   }
 
-  template <int Rows>
   INTERFUSE_INLINE void pointwise(int64_t layer, int d, const Direction& x, int64_t s, int64_t block, int64_t j,
-                                  bool continues, Vec (&dh)[Rows][1]) const {
+                                  bool continues, Vec dh) const {
     const float* kept = reserved(layer, d);
-    const int64_t token = order_.first[s] + j, before = s ? order_.first[s - 1] + j : 0;
-    const float* c_after = kept + keep_.cell + token * units_;
-    const float* c_before = s ? kept + keep_.cell + before * units_ : x.c_start + j * units_;
-    const float* h_before = s ? kept + keep_.output + before * outputs_ : x.h_start + j * outputs_;
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      const int64_t at = r * units_ + block * kLanes;
-      float* carried = x.carry + j * units_ + at;
-      Vec carry = Cell::kCarry ? load(carried) : zero();
-      // A carry beside h belongs to h: it is part of its gradient. (The LSTM's belongs to c.)
-      if (Cell::kCarry && !Cell::kCell && continues) dh[r][0] += carry;
-      const Vec c = Cell::kCell ? load(c_after + at) : zero(), c_old = Cell::kCell ? load(c_before + at) : zero();
-      const Vec h_old = Cell::kTwoSums ? load(h_before + r * outputs_ + block * kLanes) : zero();
-      Vec dx[Cell::kGates], dsum[Cell::kGates];
-      Cell::backward(dh[r][0], carry, c, c_old, h_old,
-                     kept + keep_.gates + (token + r) * keep_.gate_row + block * Cell::kSlots * kLanes, dx, dsum);
-      if (Cell::kCarry) store(carried, carry);
-      const int64_t to = (token + r) * gate_row_ + block * Cell::kGates * kLanes;
-      unrolled<Cell::kGates>([&](int g) __attribute__((always_inline)) {
-        store(x.dx + to + g * kLanes, dx[g]);
-        if (Cell::kTwoSums) store(x.dsum + to + g * kLanes, dsum[g]);
-      });
+    const int64_t token = order_.first[s] + j, before = s ? order_.first[s - 1] + j : 0, column = block * kLanes;
+    float* carried = x.carry + j * units_ + column;
+    Vec carry = Cell::kCarry ? load(carried) : zero(), c = zero(), c_before = zero(), h_before = zero();
+    // A carry beside h belongs to h: it is part of its gradient. (The LSTM's belongs to c.)
+    if (Cell::kCarry && !Cell::kCell && continues) dh += carry;
+    if (Cell::kCell) {
+      c = load(kept + keep_.cell + token * units_ + column);
+      c_before = load((s ? kept + keep_.cell + before * units_ : x.c_start + j * units_) + column);
+    }
+    if (Cell::kTwoSums) h_before = load((s ? kept + keep_.output + before * outputs_ : x.h_start + j * outputs_) + column);
+    Vec dx[Cell::kGates], dsum[Cell::kGates];
+    Cell::backward(dh, carry, c, c_before, h_before,
+                   kept + keep_.gates + token * keep_.gate_row + column * Cell::kSlots, dx, dsum);
+    if (Cell::kCarry) store(carried, carry);
+    const int64_t to = token * gate_row_ + column * Cell::kGates;
+    unrolled<Cell::kGates>([&](int g) __attribute__((always_inline)) {
+      store(x.dx + to + g * kLanes, dx[g]);
+      if (Cell::kTwoSums) store(x.dsum + to + g * kLanes, dsum[g]);
     });
   }
 
@@ -257,15 +276,20 @@ class Backward {
         memcpy(a_.grad_c0 + row * p_.hidden, x.carry + j * units_, static_cast<size_t>(p_.hidden) * 4);
       if (!a_.grad_h0) continue;
       for (int64_t block = 0; block < outputs_ / kLanes; ++block) {
-        Vec dh[1][1] = {{zero()}};
+        Vec dh = zero();
         if (j >= started) {
-          dh[0][0] = load(x.incoming + j * outputs_ + block * kLanes);
+          dh = load(x.incoming + j * outputs_ + block * kLanes);
         } else {
-          if (Cell::kCarry && !Cell::kCell) dh[0][0] = load(x.carry + j * units_ + block * kLanes);
-          step_product<1, 1, step_split(1)>(gate_row_, x.dsum + j * gate_row_, gate_row_, x.w_hh + block * gate_row_ * kLanes, dh);
+          if (Cell::kCarry && !Cell::kCell) dh = load(x.carry + j * units_ + block * kLanes);
+          // A block inside a panel of two: its vectors stand two apart.
+          const int64_t panel = block / kPanel * kPanel;
+          const int64_t vectors = outputs_ / kLanes - panel < kPanel ? outputs_ / kLanes - panel : kPanel;
+          const float* w = x.w_hh + panel * gate_row_ * kLanes + (block - panel) * kLanes;
+          for (int64_t k = 0; k < gate_row_; ++k)
+            dh = multiply_add(splat(x.dsum[j * gate_row_ + k]), load(w + k * vectors * kLanes), dh);
         }
         const int64_t left = size - block * kLanes;
-        store_first(a_.grad_h0 + row * size + block * kLanes, dh[0][0], left < kLanes ? static_cast<int>(left) : kLanes);
+        store_first(a_.grad_h0 + row * size + block * kLanes, dh, left < kLanes ? static_cast<int>(left) : kLanes);
       }
     }
   }
@@ -280,9 +304,8 @@ class Backward {
     for (int64_t block = mine.begin; block < mine.end; ++block) {
       memset(sums, 0, static_cast<size_t>(kLanes * gates * width) * 4);
       const auto add = [&](int64_t first, int64_t count, const float* rows) {
-        packed_product<1>(gates * kLanes, count, grads + first * grads_row + block * gates * kLanes, 1, grads_row, rows, from_row,
-                          kLanes, 0, width / kLanes, sums, width, kLanes, true,
-                          [](int64_t, int) __attribute__((always_inline)) { return zero(); });
+        wide_product(gates * kLanes, count, grads + first * grads_row + block * gates * kLanes, 1, grads_row, rows, from_row, 1,
+                     width / kLanes, sums, width, true);
       };
       for (int64_t s = 0; s < order_.steps;) {
         if (shifted && s == 0) {

@@ -27,19 +27,23 @@ INTERFUSE_INLINE void pack_gates(const float* w, int64_t gates, int64_t units, i
   }
 }
 
-// The same weight for products with the gates' gradient: [column block][unit block, gate, lane][lane of column].
+// The same weight for products with the gates' gradient: [panel of columns][unit block, gate, lane][column of the panel].
+// A panel has Panel vectors; the last one has what is left.
+template <int Panel>
 INTERFUSE_INLINE void pack_gates_transposed(const float* w, int64_t gates, int64_t units, int64_t columns,
                                             int64_t first_block, int64_t end_block, float* to) {
-  const int64_t depth = padded(units) * gates;
+  const int64_t depth = padded(units) * gates, blocks = padded(columns) / kLanes;
   for (int64_t block = first_block; block < end_block; ++block) {
-    float* panel = to + block * depth * kLanes;
-    memset(panel, 0, static_cast<size_t>(depth) * kLanes * 4);
-    const int64_t left = columns - block * kLanes;
+    const int64_t panel = block / Panel * Panel, vectors = blocks - panel < Panel ? blocks - panel : Panel;
+    float* column = to + panel * depth * kLanes + (block - panel) * kLanes;
+    const int64_t step = vectors * kLanes, left = columns - block * kLanes;
     const int width = left < kLanes ? static_cast<int>(left) : kLanes;
+    if (units % kLanes)  // the lanes beyond the last unit are never written below
+      for (int64_t k = 0; k < depth; ++k) store(column + k * step, zero());
     for (int64_t gate = 0; gate < gates; ++gate)
       for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t k = (unit / kLanes * gates + gate) * kLanes + unit % kLanes;
-        memcpy(panel + k * kLanes, w + (gate * units + unit) * columns + block * kLanes, static_cast<size_t>(width) * 4);
+        store(column + k * step, load_first(w + (gate * units + unit) * columns + block * kLanes, width));
       }
   }
 }

@@ -95,5 +95,21 @@ INTERFUSE_INLINE void packed_product(int64_t rows, int64_t depth, const float* a
     }
 }
 
+// c (rows, blocks * kLanes, c_row apart) = or += a * b, where b is in panels of four vectors and a last one of what is
+// left: either packed one after the other (b_row 0), or rows of a plain matrix b_row apart.
+INTERFUSE_INLINE void wide_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                   int64_t b_row, int64_t b_panel, int64_t blocks, float* c, int64_t c_row, bool add) {
+  const auto nothing = [](int64_t, int) __attribute__((always_inline)) { return zero(); };
+  const int64_t full = blocks / 4, rest = blocks % 4, panel = 4 * kLanes;
+  packed_product<4>(rows, depth, a, a_row, a_step, b, b_row ? b_row : panel, b_panel * panel, 0, full, c, c_row, panel, add, nothing);
+  b += full * b_panel * panel, c += full * panel;
+  const int64_t width = rest * kLanes;
+  switch (rest) {
+    case 3: packed_product<3>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
+    case 2: packed_product<2>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
+    case 1: packed_product<1>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
+  }
+}
+
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse
