@@ -59,8 +59,8 @@ def conv_pool_backward(
 ) -> None: ...
 
 class RnnDesc:
-    # A checked recurrent problem. cell: "rnn_tanh", "rnn_relu", "lstm" or "gru"; x_strides are those of steps and
-    # batch, in elements.
+    # A checked recurrent problem. cell: "rnn_tanh", "rnn_relu", "lstm" or "gru"; x_strides are those of
+    # steps and batch, in elements.
     def __init__(
         self,
         cell: str,
