@@ -235,7 +235,7 @@ def test_changes_after_optimize_are_honoured(calls: Calls) -> None:
 
 
 def test_what_others_put_over_it_stays() -> None:
-    model, (x,) = ZOO["vgg"].build()
+    model, _ = ZOO["vgg"].build()
     model = interfuse.optimize(model).features
     model._old_forward = model.forward  # as accelerate does
     model.forward = lambda x: model._old_forward(x) + 1
