@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from interfuse.bounded_cache import BoundedCache
 from interfuse.kernels import conv_pool_kernels as kernels
 from interfuse.kernels.launch import Launch, Tile, allows_tf32, interpreting, multiprocessors, on_device_of, reach
 from interfuse.ops.conv_pool_problem import (
@@ -148,21 +149,47 @@ def _power_of_two(value: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (max(value, 1) - 1).bit_length()))
 
 
-def choose_tile(rows: int, cols: int, depth: int, dtype: torch.dtype, arithmetic: str, heavy: bool = False) -> Tile:
-    """The tile of a product of so many rows (channels), columns (pixels or weights) and reduction steps.
+@dataclass(frozen=True)
+class Product:
+    """A matrix product as tiles are chosen for it; few enough differ for the choice to be remembered."""
 
-    Sized so that no kernel spills registers on any of the architectures that the tests compile for. `heavy`
-    programs hold more than the accumulators: running maxima and positions, or coordinates of every element.
-    """
-    if dtype == torch.float32 and arithmetic == "ieee":  # no matrix unit: outer products from registers
-        tile_rows, tile_cols, tile_depth, stages = _power_of_two(rows, 16, 64), _power_of_two(cols, 16, 64), 16, 2
-        warps = 8 if heavy and tile_rows * tile_cols >= 4096 else 4
-        return Tile(tile_rows, tile_cols, tile_depth, warps, stages)
-    most = 64 if heavy else 128
-    tile_rows, tile_cols = _power_of_two(rows, 16, most), _power_of_two(cols, 16, most)
-    tile_depth = _power_of_two(depth, 16, 32 if heavy or dtype == torch.float32 else 64)
-    warps = 8 if tile_rows * tile_cols >= (4096 if heavy else 8192) else 4
-    return Tile(tile_rows, tile_cols, tile_depth, warps, 3)
+    kernel: str
+    rows: int  # channels
+    cols: int  # pixels, or weights of one filter
+    depth: int  # reduction steps
+    dtype: torch.dtype
+    arithmetic: str
+    heavy: bool  # programs hold more than accumulators: running maxima, or coordinates of every element
+    device: torch.device
+
+
+# Tiles that `tune` measured, where it was asked to; otherwise the first candidate is taken.
+_tuned: BoundedCache[Tile] = BoundedCache(256)
+
+
+def choose_tile(product: Product) -> Tile:
+    return _tuned.get(product) or candidates(product)[0]
+
+
+def candidates(product: Product) -> list[Tile]:
+    """At most four tiles worth trying, the likeliest first; none spills on the architectures tested."""
+    vector_units = product.dtype == torch.float32 and product.arithmetic == "ieee"
+    most = 64 if product.heavy or vector_units else 128
+    rows, cols = _power_of_two(product.rows, 16, most), _power_of_two(product.cols, 16, most)
+    if vector_units:
+        depth, stages = 16, 2
+    else:
+        deep = 64 if product.dtype != torch.float32 and rows >= 64 and not product.heavy else 32
+        depth, stages = _power_of_two(product.depth, 16, deep), 3
+    # Accumulators that a thread may hold beside everything else that it has in registers.
+    share = 8 if product.kernel == "weight_gradient" else 16 if product.heavy else 32
+
+    def tile(rows: int, cols: int, stages: int) -> Tile:
+        return Tile(rows, cols, depth, 8 if rows * cols > 128 * share else 4, stages)
+
+    found = [tile(rows, cols, stages), tile(rows, max(cols // 2, 16), stages), tile(max(rows // 2, 16), cols, stages),
+             tile(rows, cols, stages - 1)]
+    return list(dict.fromkeys(found))
 
 
 def forward_launches(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
@@ -175,7 +202,8 @@ def forward_launches(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: 
     per = min(places & -places, 16)
     pooled = problem.batch * out_pixels
     depth = g.channels * g.taps if g.flat else g.channels
-    tile = choose_tile(g.filters, pooled * per, depth, x.dtype, arithmetic, heavy=g.flat or places > per)
+    tile = choose_tile(Product("forward", g.filters, pooled * per, depth, x.dtype, arithmetic, g.flat or places > per,
+                               x.device))
     cols = max(tile.cols // per, 1)
     increasing = p.activation in ("none", "relu", "tanh", "sigmoid") or (
         p.activation == "leaky_relu" and p.negative_slope > 0)
@@ -273,7 +301,8 @@ def input_gradient_launch(problem: ConvPoolProblem, gradient: Gradient, weight: 
     inverse = tuple(pow(d // c, -1, s // c) for s, d, c in zip(g.stride, g.dilation, common, strict=True))
     steps = tuple(math.ceil(size / s) for size, s in zip(g.input, g.stride, strict=True))
     pixels = problem.batch * math.prod(steps)
-    tile = choose_tile(g.channels, pixels, g.filters, weight.dtype, arithmetic)
+    tile = choose_tile(Product("input_gradient", g.channels, pixels, g.filters, weight.dtype, arithmetic, False,
+                               weight.device))
     programs = math.ceil(g.channels / tile.rows) * g.groups * math.prod(g.stride) * math.ceil(pixels / tile.cols)
     return Launch(
         kernels.input_gradient, programs,
@@ -309,8 +338,8 @@ def weight_gradient_launches(problem: ConvPoolProblem, gradient: Gradient, x: Te
     arithmetic = _arithmetic(x.dtype, p)
     pooling = g.pooling(gradient.pooled)
     places = problem.batch * gradient.pixels * (math.prod(g.window) if gradient.pooled else 1)
-    tile = choose_tile(g.filters, g.channels * g.taps if g.flat else g.channels, places, x.dtype, arithmetic,
-                       heavy=g.flat)
+    tile = choose_tile(Product("weight_gradient", g.filters, g.channels * g.taps if g.flat else g.channels, places,
+                               x.dtype, arithmetic, g.flat, x.device))
     col_tiles = (math.ceil(g.channels * g.taps / tile.cols) if g.flat
                  else g.taps * math.ceil(g.channels / tile.cols))
     programs = math.ceil(g.filters / tile.rows) * col_tiles * g.groups
