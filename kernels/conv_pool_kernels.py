@@ -62,7 +62,7 @@ def _later_wins(value, index, saved, value2, index2, saved2):
 @triton.jit
 def _window_argmax(value, index, saved, ROWS: tl.constexpr, COLS: tl.constexpr, PER: tl.constexpr):
     """Reduce groups of PER neighbouring columns to their first maximum, halving in order."""
-    for level in tl.static_range(0, 8):
+    for level in tl.static_range(8):
         if (PER >> level) > 1:
             v, v2 = tl.split(tl.reshape(value, (ROWS, COLS, PER >> (level + 1), 2)))
             i, i2 = tl.split(tl.reshape(index, (ROWS, COLS, PER >> (level + 1), 2)))
@@ -73,7 +73,7 @@ def _window_argmax(value, index, saved, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 @triton.jit
 def _window_max(value, ROWS: tl.constexpr, COLS: tl.constexpr, PER: tl.constexpr):
-    for level in tl.static_range(0, 8):
+    for level in tl.static_range(8):
         if (PER >> level) > 1:
             v, v2 = tl.split(tl.reshape(value, (ROWS, COLS, PER >> (level + 1), 2)))
             value = tl.maximum(v, v2, propagate_nan=tl.PropagateNan.ALL)
@@ -82,7 +82,7 @@ def _window_max(value, ROWS: tl.constexpr, COLS: tl.constexpr, PER: tl.constexpr
 
 @triton.jit
 def _window_sum(value, ROWS: tl.constexpr, COLS: tl.constexpr, PER: tl.constexpr):
-    for level in tl.static_range(0, 8):
+    for level in tl.static_range(8):
         if (PER >> level) > 1:
             v, v2 = tl.split(tl.reshape(value, (ROWS, COLS, PER >> (level + 1), 2)))
             value = v + v2
@@ -100,8 +100,18 @@ def _span(start, SIZE: tl.constexpr, PAD: tl.constexpr, extent, COUNT_PAD: tl.co
 
 
 @triton.jit
-def _divisor(d, h, w, size_d, size_h, size_w, WINDOW: tl.constexpr, WSTRIDE: tl.constexpr,
-             WPAD: tl.constexpr, COUNT_PAD: tl.constexpr):
+def _divisor(
+    d,
+    h,
+    w,
+    size_d,
+    size_h,
+    size_w,
+    WINDOW: tl.constexpr,
+    WSTRIDE: tl.constexpr,
+    WPAD: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
+):
     count = _span(d * WSTRIDE[0] - WPAD[0], WINDOW[0], WPAD[0], size_d, COUNT_PAD)
     count *= _span(h * WSTRIDE[1] - WPAD[1], WINDOW[1], WPAD[1], size_h, COUNT_PAD)
     count *= _span(w * WSTRIDE[2] - WPAD[2], WINDOW[2], WPAD[2], size_w, COUNT_PAD)
@@ -118,7 +128,7 @@ def forward(
     POOL_FIRST: tl.constexpr, COUNT_PAD: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     WIDE: tl.constexpr, WIDEN: tl.constexpr, PER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """pool(act(conv(x, weight) + bias)) for ROWS filters of a group and COLS pooled pixels.
 
     The tile's columns are pooled pixels times PER window places (PER is the largest power of two that
@@ -151,7 +161,7 @@ def forward(
     best = tl.full((ROWS, COLS), float("-inf") if POOL == "max" else 0.0, tl.float32)
     where = tl.full((ROWS, COLS), -1, tl.int32)
     kept = tl.zeros((ROWS, COLS), tl.float32)
-    for chunk in range(0, PLACES // PER):
+    for chunk in range(PLACES // PER):
         q = chunk * PER + lane % PER
         od = pd * WSTRIDE[0] - WPAD[0] + q // (WINDOW[1] * WINDOW[2])
         oh = ph * WSTRIDE[1] - WPAD[1] + q // WINDOW[2] % WINDOW[1]
@@ -172,16 +182,25 @@ def forward(
                 th = r // KERNEL[2] % KERNEL[1] * DILATION[1]
                 tw = r % KERNEL[2] * DILATION[2]
                 ok = live[None, :] & (c < CHANNELS)[:, None]
-                ok = ok & _within(xd[None, :] + td[:, None], xh[None, :] + th[:, None],
-                                  xw[None, :] + tw[:, None], in_d, in_h, in_w)
+                ok = ok & _within(
+                    xd[None, :] + td[:, None],
+                    xh[None, :] + th[:, None],
+                    xw[None, :] + tw[:, None],
+                    in_d,
+                    in_h,
+                    in_w,
+                )
                 at = (image + xd * x_d + xh * x_h + xw * x_w)[None, :]
                 at = at + (c * x_c + td * x_d + th * x_h + tw * x_w)[:, None]
                 b = tl.load(x + at, mask=ok, other=0.0)
-                a = tl.load(weight + filters[:, None] * weight_k + r[None, :],
-                            mask=row_ok[:, None] & (c < CHANNELS)[None, :], other=0.0)
+                a = tl.load(
+                    weight + filters[:, None] * weight_k + r[None, :],
+                    mask=row_ok[:, None] & (c < CHANNELS)[None, :],
+                    other=0.0,
+                )
                 acc = _dot(a, b, acc, PRECISION, WIDEN)
         else:
-            for step in range(0, TAPS * BLOCKS):
+            for step in range(TAPS * BLOCKS):
                 tap = step // BLOCKS
                 c = step % BLOCKS * DEPTH + tl.arange(0, DEPTH)
                 if WIDE:
@@ -191,10 +210,16 @@ def forward(
                 tw = tap % KERNEL[2] * DILATION[2]
                 ok = live & _within(xd + td, xh + th, xw + tw, in_d, in_h, in_w)
                 at = image + (xd + td) * x_d + (xh + th) * x_h + (xw + tw) * x_w
-                b = tl.load(x + at[None, :] + (c * x_c)[:, None],
-                            mask=ok[None, :] & (c < CHANNELS)[:, None], other=0.0)
-                a = tl.load(weight + filters[:, None] * weight_k + (c * weight_c + tap * weight_t)[None, :],
-                            mask=row_ok[:, None] & (c < CHANNELS)[None, :], other=0.0)
+                b = tl.load(
+                    x + at[None, :] + (c * x_c)[:, None],
+                    mask=ok[None, :] & (c < CHANNELS)[:, None],
+                    other=0.0,
+                )
+                a = tl.load(
+                    weight + filters[:, None] * weight_k + (c * weight_c + tap * weight_t)[None, :],
+                    mask=row_ok[:, None] & (c < CHANNELS)[None, :],
+                    other=0.0,
+                )
                 acc = _dot(a, b, acc, PRECISION, WIDEN)
         acc += shift[:, None]
         value = acc
@@ -207,8 +232,9 @@ def forward(
                 v, i, s = _window_argmax(value, q_or_none, acc, ROWS, COLS, PER)
                 best, where, kept = _later_wins(best, where, kept, v, i, s)
             else:
-                best = tl.maximum(best, _window_max(value, ROWS, COLS, PER),
-                                  propagate_nan=tl.PropagateNan.ALL)
+                best = tl.maximum(
+                    best, _window_max(value, ROWS, COLS, PER), propagate_nan=tl.PropagateNan.ALL
+                )
         elif POOL == "avg":
             if pre is not None:
                 # What the activation's gradient needs: its value, or for the gelus and silu its argument.
@@ -216,8 +242,11 @@ def forward(
                 if ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "silu":
                     saved = acc
                 spot = n * pre_n + ((od * conv_h + oh) * conv_w + ow) * pre_p
-                tl.store(pre + spot[None, :] + filters[:, None] * pre_k,
-                         saved.to(pre.dtype.element_ty), mask=row_ok[:, None] & live[None, :])
+                tl.store(
+                    pre + spot[None, :] + filters[:, None] * pre_k,
+                    saved.to(pre.dtype.element_ty),
+                    mask=row_ok[:, None] & live[None, :],
+                )
             best += _window_sum(tl.where(live[None, :], value, 0.0), ROWS, COLS, PER)
         else:
             best = value
@@ -235,9 +264,8 @@ def forward(
         if ACTIVATION == "relu":
             where = tl.where(best <= 0, 255, where)
         tl.store(index + spot, where.to(tl.uint8), mask=ok)
-    if POOL != "avg":
-        if pre is not None:
-            tl.store(pre + spot, kept.to(pre.dtype.element_ty), mask=ok)
+    if POOL != "avg" and pre is not None:
+        tl.store(pre + spot, kept.to(pre.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -246,14 +274,13 @@ def spread_gradient(
     FILTERS: tl.constexpr, WINDOW: tl.constexpr, WSTRIDE: tl.constexpr, WPAD: tl.constexpr,
     ACTIVATION: tl.constexpr, POOL: tl.constexpr, COUNT_PAD: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient before bias and activation, from that of the output.
 
     POOL "none": element by element (`out` and `grad` have one shape; the activation's part alone).
     "max", "avg": `out` has the convolution's resolution, and every place gathers from the windows that
     cover it, in a fixed order.
     """
-    PLACES: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     COVER_D: tl.constexpr = (WINDOW[0] + WSTRIDE[0] - 1) // WSTRIDE[0]
     COVER_H: tl.constexpr = (WINDOW[1] + WSTRIDE[1] - 1) // WSTRIDE[1]
     COVER_W: tl.constexpr = (WINDOW[2] + WSTRIDE[2] - 1) // WSTRIDE[2]
@@ -264,8 +291,9 @@ def spread_gradient(
     inside = e < total
     if POOL == "none":
         value = tl.load(grad + e, mask=inside, other=0.0).to(tl.float32)
-        value = activation_gradient(value, tl.load(saved + e, mask=inside, other=0.0).to(tl.float32),
-                                    slope, ACTIVATION)
+        value = activation_gradient(
+            value, tl.load(saved + e, mask=inside, other=0.0).to(tl.float32), slope, ACTIVATION
+        )
     else:
         value = tl.zeros((BLOCK,), tl.float32)
         if CHANNELS_LAST:
@@ -275,7 +303,7 @@ def spread_gradient(
             n, od, oh, ow = _place(e, conv_d, conv_h, conv_w)
             k = n % FILTERS
             n = n // FILTERS
-        for j in range(0, COVER_D * COVER_H * COVER_W):
+        for j in range(COVER_D * COVER_H * COVER_W):
             # Counted from the last window that covers the place: j windows before it, in each dimension.
             pd = (od + WPAD[0]) // WSTRIDE[0] - j // (COVER_H * COVER_W)
             ph = (oh + WPAD[1]) // WSTRIDE[1] - j // COVER_W % COVER_H
@@ -296,13 +324,14 @@ def spread_gradient(
             if POOL == "avg":
                 part = part / _divisor(pd, ph, pw, conv_d, conv_h, conv_w, WINDOW, WSTRIDE, WPAD, COUNT_PAD)
             elif saved is not None:
-                part = activation_gradient(part, tl.load(saved + at, mask=ok, other=0.0).to(tl.float32),
-                                           slope, ACTIVATION)
+                part = activation_gradient(
+                    part, tl.load(saved + at, mask=ok, other=0.0).to(tl.float32), slope, ACTIVATION
+                )
             value += tl.where(ok, part, 0.0)
-        if POOL == "avg":
-            if saved is not None:
-                value = activation_gradient(value, tl.load(saved + e, mask=inside, other=0.0).to(tl.float32),
-                                            slope, ACTIVATION)
+        if POOL == "avg" and saved is not None:
+            value = activation_gradient(
+                value, tl.load(saved + e, mask=inside, other=0.0).to(tl.float32), slope, ACTIVATION
+            )
     tl.store(out + e, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -315,7 +344,7 @@ def input_gradient(
     INVERSE: tl.constexpr, WINDOW: tl.constexpr, WSTRIDE: tl.constexpr, WPAD: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient of x for ROWS channels of a group and COLS input pixels, gathered from grad.
 
     With a stride the pixels are taken by residue: those with equal (position mod stride) meet the same
@@ -360,7 +389,7 @@ def input_gradient(
     first_h = (residue_h + PAD[1]) // COMMON[1] * INVERSE[1] % T_STEP_H
     first_w = (residue_w + PAD[2]) // COMMON[2] * INVERSE[2] % T_STEP_W
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for step in range(0, TAPS_D * TAPS_H * TAPS_W * BLOCKS):
+    for step in range(TAPS_D * TAPS_H * TAPS_W * BLOCKS):
         t = step // BLOCKS
         k = step % BLOCKS * DEPTH + tl.arange(0, DEPTH)
         td = first_d + t // (TAPS_H * TAPS_W) * T_STEP_D
@@ -390,8 +419,11 @@ def input_gradient(
             winner = tl.load(index + at, mask=ok_tile, other=255)
             b = tl.where(winner == q[None, :].to(tl.uint8), b, 0.0)
         tap = (td * KERNEL[1] + th) * KERNEL[2] + tw
-        a = tl.load(weight + (rows * weight_c)[:, None] + (filters * weight_k + tap * weight_t)[None, :],
-                    mask=row_ok[:, None] & (k < limit)[None, :], other=0.0)
+        a = tl.load(
+            weight + (rows * weight_c)[:, None] + (filters * weight_k + tap * weight_t)[None, :],
+            mask=row_ok[:, None] & (k < limit)[None, :],
+            other=0.0,
+        )
         acc = _dot(a, b, acc, PRECISION, WIDEN)
     spot = n * x_n + ((xd * in_h + xh) * in_w + xw) * x_p
     spot = spot[None, :] + ((group * CHANNELS + rows) * x_c)[:, None]
@@ -406,7 +438,7 @@ def weight_gradient(
     STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
     WSTRIDE: tl.constexpr, WPAD: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     WIDE: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """Partial gradients of the weight: ROWS filters by COLS weights of each, over one split of the places.
 
     A place is a pixel of the convolution, numbered by window and position in the window, so that the
@@ -466,8 +498,14 @@ def weight_gradient(
         xh = oh * STRIDE[1] - PAD[1]
         xw = ow * STRIDE[2] - PAD[2]
         if FLAT:
-            ok = _within(xd[:, None] + td[None, :], xh[:, None] + th[None, :], xw[:, None] + tw[None, :],
-                         in_d, in_h, in_w)
+            ok = _within(
+                xd[:, None] + td[None, :],
+                xh[:, None] + th[None, :],
+                xw[:, None] + tw[None, :],
+                in_d,
+                in_h,
+                in_w,
+            )
             ok = ok & live[:, None]
             at = (n * x_n + xd * x_d + xh * x_h + xw * x_w)[:, None]
             at = at + (td * x_d + th * x_h + tw * x_w)[None, :]
@@ -484,7 +522,7 @@ def weight_gradient(
 def bias_gradient(
     grad, index, out, pixels, per_split, size, grad_n, grad_k, grad_p,
     FILTERS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):
+):  # fmt: skip
     """Partial sums of grad over one split of the pixels; 255 in index marks 'no gradient'."""
     ROW_TILES: tl.constexpr = (FILTERS + ROWS - 1) // ROWS
     pid = tl.program_id(0)
@@ -514,7 +552,7 @@ def sum_splits(parts, out, total, splits, BLOCK: tl.constexpr):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < total
     acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, splits):
+    for _ in range(splits):
         acc += tl.load(parts + e, mask=inside, other=0.0)
         parts += total
     tl.store(out + e, acc.to(out.dtype.element_ty), mask=inside)

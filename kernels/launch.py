@@ -44,8 +44,9 @@ class Launch:
         if self.programs == 0:
             return
         # Triton 3.9 warns when fusing of multiplications and additions is left to its changing default.
-        self.kernel[(self.programs,)](**self.args, **self.constants, num_warps=self.warps,
-                                      num_stages=self.stages, enable_fp_fusion=True)
+        self.kernel[(self.programs,)](
+            **self.args, **self.constants, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+        )
 
 
 def interpreting() -> bool:
@@ -67,8 +68,14 @@ def multiprocessors(device: torch.device) -> int:
 
 def reach(*tensors: Tensor | None) -> int:
     """The largest offset in elements that any of the tensors is indexed with."""
-    return max((sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
-                for t in tensors if t is not None and t.numel() > 0), default=0)
+    return max(
+        (
+            sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
+            for t in tensors
+            if t is not None and t.numel() > 0
+        ),
+        default=0,
+    )
 
 
 def allows_tf32() -> bool:

@@ -28,6 +28,8 @@ _LARGEST_SIZE = 2**31 - 1
 def why_not(problem: ConvPoolProblem) -> str | None:
     if problem.device.type != "cpu":
         return f"the native kernels run on the CPU; the tensors are on {problem.device}."
+    if problem.dtype not in _DTYPE_NAMES:
+        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
     if max(*problem.input, *problem.params.padding, *problem.params.dilation) > _LARGEST_SIZE:
         return f"the native kernels take sizes up to {_LARGEST_SIZE}; the input's are {problem.input}."
     return fused_why_not(problem)

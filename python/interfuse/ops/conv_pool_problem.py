@@ -184,8 +184,6 @@ def empty_gradients(problem: ConvPoolProblem, x: Tensor, weight: Tensor, mask: S
 def fused_why_not(problem: ConvPoolProblem) -> str | None:
     """What no fused kernel does, whatever the device: these go to the reference."""
     p = problem.params
-    if problem.dtype not in (torch.float32, torch.bfloat16):
-        return f"the fused kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
     if p.pool == "max" and p.window > LARGEST_INDEXED_WINDOW:
         return (
             f"the winner's position in a max pooling window is kept in one byte, so a window has at most "
