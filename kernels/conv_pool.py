@@ -14,7 +14,8 @@ from interfuse.kernels.launch import interpreting, on_device_of
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from interfuse.ops.conv_pool_problem import check, empty_gradients, empty_outputs
+from interfuse.ops.conv_pool_checks import check
+from interfuse.ops.conv_pool_problem import empty_gradients, empty_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

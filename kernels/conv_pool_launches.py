@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FEW_CHANNELS = 16
 # Offsets stay below this with 32 bits; the slack is what masked lanes may run past the end.
 LARGEST_32_BIT = 2**31 - 2**24
+STEPS_OF_A_SPLIT = 8
 
 
 @dataclass(frozen=True)
@@ -424,8 +425,8 @@ def input_gradient_launch(
 
 
 def _splits(programs: int, steps: int, device: torch.device) -> int:
-    """How often a long reduction is split: to fill the device, but never under 8 steps of work each."""
-    return max(1, min(steps // 8, 2 * multiprocessors(device) // programs))
+    """How often a long reduction is split: to fill the device, but not into less work than the sum costs."""
+    return max(1, min(steps // STEPS_OF_A_SPLIT, 2 * multiprocessors(device) // programs))
 
 
 def _reduction(kernel: Launch, out: Tensor, splits: int) -> list[Launch]:

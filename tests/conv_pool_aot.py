@@ -1,0 +1,114 @@
+"""The launches of conv_pool that are compiled ahead of time, and the record of what they take.
+
+    python tests/conv_pool_aot.py     # writes the record anew, after a kernel or a tile changed
+
+The record stands in bench/results/triton_resources.json.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from aot import resources
+from interfuse.cases.conv_pool import CASES
+from interfuse.kernels import conv_pool_launches as plan
+
+from interfuse.ops.conv_pool_checks import Options, check, resolve
+from interfuse.ops.conv_pool_problem import empty_gradients, empty_outputs
+
+if TYPE_CHECKING:
+    from interfuse.kernels.launch import Launch
+
+RECORD = Path(__file__).resolve().parent.parent / "bench" / "results" / "triton_resources.json"
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of a named case, of which some kernels are compiled."""
+
+    case: str
+    dtype: torch.dtype
+    arithmetic: str
+    channels_last: bool
+    kernels: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.case} {str(self.dtype)[6:]} {self.arithmetic} {layout}"
+
+
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+STEPS = (
+    Step("second-111", torch.bfloat16, "ieee", True, (*PRODUCTS, "bias_gradient", "sum_splits")),
+    Step("third-54", torch.float32, "tf32", True, PRODUCTS),
+    Step("third-54", torch.float32, "ieee", False, PRODUCTS),
+    Step("first-224", torch.bfloat16, "ieee", False, ("forward", "weight_gradient")),
+    Step("conv3d-55", torch.float16, "ieee", True, PRODUCTS),
+    Step("stem-224", torch.bfloat16, "ieee", True, ("forward", "spread_gradient", "weight_gradient")),
+    Step("third-54-gelu", torch.float32, "ieee", True, ("forward", "spread_gradient")),
+    Step("third-54-avg", torch.bfloat16, "ieee", True, ("forward", "spread_gradient")),
+)
+ROWS = {
+    f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
+    for step in STEPS
+    for kernel in step.kernels
+    for architecture in ARCHITECTURES
+}
+
+
+def launches(step: Step) -> list[Launch]:
+    """What a training step would launch on a GPU, from tensors without memory."""
+    case = next(case for case in CASES if case.name == step.case)
+    defaults = Options(1, 0, 1, 1, "zeros", None, 0.01, None, 2, None, 0, False, True, None)
+    precision = "default" if step.arithmetic == "tf32" else "highest"
+    params = resolve(case.weight[2:], defaults._replace(**case.arguments), precision)
+    form = torch.contiguous_format
+    if step.channels_last:
+        form = torch.channels_last if len(case.input) == 4 else torch.channels_last_3d
+    x = torch.empty(case.input, dtype=step.dtype, device="meta", memory_format=form)
+    weight = torch.empty(case.weight, dtype=step.dtype, device="meta")
+    bias = weight.new_empty(case.weight[0])
+    problem = check(x, weight, bias, params, True)
+    y, index, pre = empty_outputs(problem)
+    saved = y if params.backward_needs_y else None
+    grads = empty_gradients(problem, x, weight, (True, True, True))
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        every = plan.forward_launches(problem, x, weight, bias, y, index, pre)
+        every += plan.backward_launches(problem, torch.empty_like(y), x, weight, saved, index, pre, grads)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    return every
+
+
+def compile_row(row: str) -> dict[str, int]:
+    step, kernel, architecture = ROWS[row]
+    launch = next(launch for launch in launches(step) if launch.kernel.__name__ == kernel)
+    tile = {
+        name.lower(): launch.constants[name] for name in ("ROWS", "COLS", "DEPTH") if name in launch.constants
+    }
+    return {**tile, "warps": launch.warps, "stages": launch.stages, **resources(launch, architecture)}
+
+
+def compile_all(processes: int = 2) -> dict[str, dict[str, int]]:
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        return dict(zip(ROWS, pool.map(compile_row, ROWS), strict=True))
+
+
+if __name__ == "__main__":
+    RECORD.parent.mkdir(exist_ok=True)
+    lines = [f"    {json.dumps(row)}: {json.dumps(used)}" for row, used in compile_all().items()]
+    RECORD.write_text(
+        f'{{\n  "triton": "{triton.__version__}",\n  "rows": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+    )
+    print(f"{len(lines)} kernels -> {RECORD}")
