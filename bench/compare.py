@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from interfuse.bench import peers, roofline, workers
+from interfuse.bench import noise, peers, roofline, workers
 
 import interfuse
 
@@ -22,6 +23,7 @@ class Settings:
     threads: int
     rounds: int = 5
     seconds: float = 0.15  # of timing for one provider in one round
+    patience: int = 3  # how often a figure is taken again while others use the machine
     training: bool = True
     kept_heap: bool = True  # time torch's providers a second time with a malloc that keeps its memory
     providers: tuple[str, ...] = tuple(peers.PROVIDERS)
@@ -97,14 +99,14 @@ def compare(
             able.append(worker)
             versions[peers.PROVIDERS[name].package] = answer["version"]
             row["errors"].setdefault(name, answer["errors"])
-        row["busy"] = roofline.busy()
         modes = ["inference", "training"] if settings.training else ["inference"]
         for mode in modes:
             trains = [w for w in able if mode == "inference" or peers.PROVIDERS[w.spec.provider].trains]
             times = interleaved(
                 trains, mode, settings, row["missing"], lambda r, m=mode: tick(f"{case}: {m} {r}")
             )
-            row[mode] = judged(times, workload.cost(mode == "training"), peak)
+            cost = workload.cost(training=mode == "training")
+            row[mode] = {"others": disturbance(times), **judged(times, cost, peak)}
     if settings.training:
         row["memory"] = memory(op, case, settings)
     tick(f"{case}: memory")
@@ -115,7 +117,7 @@ def interleaved(
     able: Iterable[workers.Worker], mode: str, settings: Settings, missing: dict[str, str], tick: Tick
 ) -> dict[str, dict[str, Any]]:
     """{provider: {"default" or "kept_heap": spread of the rounds' medians}}, every provider once a round."""
-    rounds: dict[tuple[str, str], list[float]] = {}
+    rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     able = list(able)
     for turn in range(settings.rounds):
         # Each round starts with another provider, so that none always runs behind the same one.
@@ -123,16 +125,27 @@ def interleaved(
             name, heap = worker.spec.provider, "kept_heap" if worker.spec.keep_heap else "default"
             if name in missing:
                 continue
-            answer = worker.ask(do=mode, seconds=settings.seconds)
+            answer = noise.ask(worker, settings.patience, do=mode, seconds=settings.seconds)
             if "failed" in answer:
                 missing[name] = answer["failed"]
                 continue
-            rounds.setdefault((name, heap), []).append(answer["median"])
+            rounds.setdefault((name, heap), []).append(answer)
         tick(f"round {turn + 1}")
     times: dict[str, dict[str, Any]] = {}
-    for (name, heap), medians in rounds.items():
-        times.setdefault(name, {})[heap] = roofline.spread(medians)
+    for (name, heap), answers in rounds.items():
+        times.setdefault(name, {})[heap] = {
+            **roofline.spread([answer["median"] for answer in answers]),
+            "others": [answer["others"] for answer in answers],
+        }
     return times
+
+
+def disturbance(times: dict[str, dict[str, Any]]) -> float | None:
+    """The share of the machine that others had while the most disturbed provider was timed."""
+    shares = [entry["others"] for heaps in times.values() for entry in heaps.values()]
+    if not shares or any(share is None for rounds in shares for share in rounds):
+        return None
+    return max(statistics.median(rounds) for rounds in shares)
 
 
 def judged(times: dict[str, dict[str, Any]], cost: roofline.Cost, peak: roofline.Peak) -> Report:
@@ -168,7 +181,7 @@ def overhead(op: str, case: str, settings: Settings) -> Report:
     with workers.started([workers.Spec(op, case, "interfuse", settings.threads)], []) as started:
         worker, answer = started[0]
         if not {"why_not", "failed"} & answer.keys():
-            answer = worker.ask(do="overhead", seconds=10 * settings.seconds)
+            answer = noise.ask(worker, settings.patience, do="overhead", seconds=10 * settings.seconds)
         return {"case": case, **answer}
 
 

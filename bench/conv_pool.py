@@ -242,16 +242,16 @@ class ConvPoolWorkload:
         def binding() -> None:
             _native.conv_pool_forward(desc, *pointers, 0, 0, threads)
 
-        rounds = 5
+        pairs, cpu = [], 0.0
         with torch.no_grad():
-            pairs = [
-                (sample(op, seconds / rounds)["median"], sample(binding, seconds / rounds)["median"])
-                for _ in range(rounds)
-            ]
+            for _ in range(5):
+                samples = sample(op, seconds / 10), sample(binding, seconds / 10)
+                pairs.append(tuple(s["median"] for s in samples))
+                cpu += sum(s["cpu"] for s in samples)
         call, kernel, between = (
             statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
         )
-        return {"call": call, "kernel": kernel, "overhead": between}
+        return {"call": call, "kernel": kernel, "overhead": between, "cpu": cpu}
 
 
 OVERHEAD_CASE = "first-224@tiny"

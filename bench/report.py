@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from interfuse.bench import peers
+from interfuse.bench import noise, peers
 
 from interfuse.terminal import milliseconds, table
 
@@ -143,15 +143,16 @@ def verdict(report: Report) -> str:
     return "\n".join(lines)
 
 
-DISTURBED = 0.1  # of the processors, kept busy by others just before a row
-
-
 def disturbed(report: Report) -> str:
-    rows = [row for row in report["rows"] if (row.get("busy") or 0) > DISTURBED]
-    if not rows:
+    shares = [
+        f"{row['case']} {mode} ({row[mode]['others']:.0%})"
+        for row in report["rows"]
+        for mode in ("inference", "training")
+        if (row.get(mode, {}).get("others") or 0) > noise.TOO_MUCH
+    ]
+    if not shares:
         return ""
-    shares = ", ".join(f"{row['case']} ({row['busy']:.0%})" for row in rows)
-    return f"DISTURBED: others kept these shares of the machine busy, so do not quote the rows: {shares}."
+    return f"DISTURBED: others used the machine meanwhile, so do not quote these rows: {', '.join(shares)}."
 
 
 def missing(report: Report) -> str:

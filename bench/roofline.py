@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,23 +82,6 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "architecture": platform.machine(),
     }
-
-
-def busy(seconds: float = 0.3) -> float | None:
-    """The share of the processors that others keep busy, while this process and its workers rest."""
-
-    def ticks() -> tuple[int, int]:
-        with open("/proc/stat") as stat:
-            user, nice, system, idle, iowait, *rest = (int(v) for v in stat.readline().split()[1:])
-        return idle + iowait, user + nice + system + sum(rest[:3])
-
-    try:
-        idle, used = ticks()
-        time.sleep(seconds)
-        idle, used = (after - before for after, before in zip(ticks(), (idle, used), strict=True))
-    except OSError:
-        return None  # not Linux
-    return used / max(1, idle + used)
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from interfuse.bench import compare, conv_pool, gpu, peers, report, roofline, workers
+from interfuse.bench import compare, conv_pool, gpu, noise, peers, report, roofline, workers
 
 from interfuse import cli, terminal
 
@@ -76,6 +76,53 @@ def test_sample_groups_short_calls_and_counts_them() -> None:
     timed = workers.sample(step, 0.01)
     assert 0 < timed["low"] <= timed["median"] < 1e-4
     assert 100 < timed["calls"] < calls
+
+
+# --- noise -------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A worker whose answers and whose machine's counters are made up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, others: list[int]) -> None:
+        self.asked, self.others = 0, others
+        self.counters = (0, 0)
+        monkeypatch.setattr(noise, "ticks", lambda: self.counters)
+        monkeypatch.setattr(noise.time, "sleep", lambda seconds: None)
+
+    def ask(self, **command: object) -> dict[str, float]:
+        used = self.others[self.asked]
+        self.asked += 1
+        self.counters = (self.counters[0] + 100 - used, self.counters[1] + used)
+        return {"median": float(self.asked), "cpu": 0.0}
+
+
+def test_a_disturbed_figure_is_taken_again_until_it_is_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Scripted(monkeypatch, [60, 40, 5, 0])
+    answer = noise.ask(worker, patience=3, do="inference")  # type: ignore[arg-type]
+    assert (answer["median"], answer["others"], worker.asked) == (3.0, 0.05, 3)
+
+
+def test_patience_ends_with_the_least_disturbed_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Scripted(monkeypatch, [60, 40, 50])
+    answer = noise.ask(worker, patience=2, do="inference")  # type: ignore[arg-type]
+    assert (answer["median"], answer["others"], worker.asked) == (2.0, 0.4, 3)
+
+
+def test_ones_own_work_is_no_noise() -> None:
+    second = os.sysconf("SC_CLK_TCK")
+    assert noise.share_of_others((0, 0), (second, 3 * second), own_seconds=3.0) == 0
+    assert noise.share_of_others((0, 0), (second, 3 * second), own_seconds=1.0) == 0.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the machine's counters from /proc")
+def test_the_machines_counters_grow() -> None:
+    before = noise.ticks()
+    time.sleep(0.1)
+    after = noise.ticks()
+    assert before is not None
+    assert after is not None
+    assert sum(after) > sum(before)
 
 
 # --- peers -------------------------------------------------------------------------------------------------
@@ -192,12 +239,14 @@ def test_a_loss_is_called_a_loss() -> None:
     assert "faster than the best peer on 0 of 1 rows; slower on slow (0.50x)" in text
 
 
-def test_a_disturbed_machine_is_reported() -> None:
-    rows = [{"case": "calm", "busy": 0.05}, {"case": "loud", "busy": 0.5}, {"case": "unknown", "busy": None}]
+def test_a_disturbed_row_is_reported() -> None:
+    rows = [
+        {"case": "calm", "inference": {"others": 0.05}},
+        {"case": "loud", "inference": {"others": 0.5}, "training": {"others": 0.01}},
+        {"case": "unknown", "inference": {"others": None}},
+    ]
     assert report.disturbed({"rows": rows[:1]}) == ""
-    assert report.disturbed({"rows": rows}).endswith("do not quote the rows: loud (50%).")
-    measured = roofline.busy(0.05)
-    assert measured is None or 0 <= measured <= 1
+    assert report.disturbed({"rows": rows}).endswith("do not quote these rows: loud inference (50%).")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--inference-only", action="store_true", help="leave training and its memory out")
     bench.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    bench.add_argument(
+        "--patience", type=int, default=3, help="takes a figure again so often while others use the machine"
+    )
     bench.set_defaults(run=run_bench)
 
     for command in (demo, bench):
@@ -111,6 +114,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         threads=arguments.threads or roofline.machine()["cores"],
         rounds=2 if arguments.quick else arguments.rounds,
         seconds=0.02 if arguments.quick else 0.15,
+        patience=0 if arguments.quick else arguments.patience,
         training=not arguments.inference_only,
         kept_heap=not arguments.quick,
         providers=tuple(providers),
