@@ -1,6 +1,6 @@
 """How much of the machine others used while something was timed, and timing it again when that was too much.
 
-A worker tells how much processor time it used itself; beyond that, the machine's counters show what others used.
+A worker tells how much processor time it used; what the machine counted beyond that was the others'.
 Whether a figure is taken again depends on that share alone, never on the figure.
 """
 
