@@ -21,13 +21,11 @@ struct ReductionOrder {
 };
 
 // rows `first` .. of the weight (as many as `channels` says, at most vectors * kLanes) become
-// packed[place][lane]; lanes without a row are zero. The bias comes first, as one more step.
+// packed[place][lane]; lanes without a row are zero.
 template <class T>
-void pack_panel(const ReductionOrder& order, const T* weight, const T* bias, int vectors, int64_t channels, float* packed) {
+void pack_panel(const ReductionOrder& order, const T* weight, int vectors, int64_t channels, float* packed) {
   const int lanes = vectors * kLanes;
   const int64_t depth = order.depth();
-  for (int lane = 0; lane < lanes; ++lane) packed[lane] = bias && lane < channels ? to_float(bias[lane]) : 0.f;
-  packed += lanes;
   for (int v = 0; v < vectors; ++v) {
     const int64_t rows = channels - v * kLanes < kLanes ? channels - v * kLanes : kLanes;
     const T* from = weight + v * kLanes * depth;

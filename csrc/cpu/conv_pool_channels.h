@@ -2,80 +2,12 @@
 // Per-ISA (see common/simd.h).
 #pragma once
 
-#include "common/activation.h"
 #include "common/conv_pool.h"
 #include "common/simd.h"
-#include "common/transpose.h"
-#include "cpu/conv_pool_windows.h"
+#include "cpu/conv_pool_store.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
-
-struct Box {
-  Triple from, to;  // half-open
-  Triple size() const { return {to.d - from.d, to.h - from.h, to.w - from.w}; }
-};
-
-// Some output channels of one image: `vectors` vectors of them lie side by side in every pixel of the working
-// memory, of which the first `channels` lanes are real.
-struct Panel {
-  int64_t image, first;
-  int vectors, channels;
-  int lanes() const { return vectors * kLanes; }
-};
-
-// Pooling before activating is the same and cheaper where the activation never decreases.
-INTERFUSE_INLINE bool monotone(const ConvPool& p) {
-  if (p.activation == INTERFUSE_LEAKY_RELU) return p.slope > 0;
-  return !p.needs_preactivation();
-}
-
-// ---- one row of pixels into a dense tensor ---------------------------------------------------------------------
-
-INTERFUSE_INLINE void store_bytes(uint8_t* to, Vec integers, int count) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  const Bytes bytes = __builtin_convertvector((IVec)integers, Bytes);
-  if (count == kLanes)
-    memcpy(to, &bytes, kLanes);
-  else
-    memcpy(to, &bytes, static_cast<size_t>(count));
-}
-INTERFUSE_INLINE void store_some(float* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
-INTERFUSE_INLINE void store_some(uint16_t* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
-// The index travels as integers in float lanes.
-INTERFUSE_INLINE void store_some(uint8_t* to, Vec v, int count) { store_bytes(to, v, count); }
-
-// row[pixel][lane] goes to pixels (d, h, w...) of a dense tensor of `size`.
-template <class T>
-void put_row(T* tensor, const ConvPool& p, const Triple& size, const Panel& panel, int64_t d, int64_t h, int64_t w,
-             const float* row, int64_t pixels) {
-  const int lanes = panel.lanes();
-  T* to = tensor + dense_offset(p.channels_last, p.out_channels, size, panel.image, panel.first, d, h, w);
-  if (p.channels_last) {
-    for (int64_t i = 0; i < pixels; ++i, to += p.out_channels, row += lanes)
-      for (int v = 0; v < panel.vectors; ++v)
-        store_some(to + v * kLanes, load(row + v * kLanes), static_cast<int>(least(kLanes, panel.channels - v * kLanes)));
-    return;
-  }
-  const int64_t plane = size.volume();
-  for (int v = 0; v < panel.vectors; ++v) {
-    const int channels = static_cast<int>(least(kLanes, panel.channels - v * kLanes));
-    for (int64_t i = 0; i < pixels; i += kLanes) {
-      const int count = static_cast<int>(least(kLanes, pixels - i));
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) block[j] = j < count ? load(row + (i + j) * lanes + v * kLanes) : zero();
-      transpose(block);
-      T* at = to + v * kLanes * plane + i;
-      if (count == kLanes && channels == kLanes) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) store_some(at + j * plane, block[j], kLanes);
-      } else {
-        for (int j = 0; j < channels; ++j) store_some(at + j * plane, block[j], count);
-      }
-    }
-  }
-}
 
 // ---- pooling ------------------------------------------------------------------------------------------------------
 
@@ -144,13 +76,10 @@ struct FinishScratch {
   float* activated;  // as large as the sums where the maximum is taken over activated values; else unused
 };
 
-INTERFUSE_INLINE bool keeps_activated(const ConvPool& p) { return p.pool == INTERFUSE_POOL_MAX && !monotone(p); }
-
 // `own`: the first pixel of the convolution that no earlier box has written where `pre` has its resolution.
 template <class T>
 void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, const Sums& sums, const Box& out,
             const Triple& own, const FinishScratch& scratch) {
-  const Activation f{p.activation, p.slope};
   T* y = static_cast<T*>(a.y);
   T* pre = p.pre_count() ? static_cast<T*>(a.pre) : nullptr;
   const int lanes = panel.lanes();
@@ -160,10 +89,9 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
     for (int64_t d = out.from.d; d < out.to.d; ++d)
       for (int64_t h = out.from.h; h < out.to.h; ++h) {
         float* row = sums.at(d, h, out.from.w);
-        if (pre) put_row(pre, p, p.out, panel, d, h, out.from.w, row, columns);
-        if (p.activation != INTERFUSE_NONE)
-          for (int64_t i = 0; i < columns * lanes; i += kLanes) store(row + i, activate(f, load(row + i)));
-        put_row(y, p, p.out, panel, d, h, out.from.w, row, columns);
+        if (pre) put_pixels(pre, p, p.out, panel, d, h, out.from.w, row, columns);
+        if (p.activation != INTERFUSE_NONE) activate_run(p, row, row, columns * lanes);
+        put_pixels(y, p, p.out, panel, d, h, out.from.w, row, columns);
       }
     return;
   }
@@ -174,21 +102,21 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
     auto save = [&] {
       for (int64_t d = most(box.from.d, own.d); d < box.to.d; ++d)
         for (int64_t h = most(box.from.h, own.h); h < box.to.h; ++h)
-          put_row(pre, p, p.conv, panel, d, h, most(box.from.w, own.w), sums.at(d, h, most(box.from.w, own.w)),
+          put_pixels(pre, p, p.conv, panel, d, h, most(box.from.w, own.w), sums.at(d, h, most(box.from.w, own.w)),
                   box.to.w - most(box.from.w, own.w));
     };
     if (pre && p.needs_preactivation()) save();
-    for (int64_t i = 0; i < sums.pixels() * lanes; i += kLanes) store(sums.data + i, activate(f, load(sums.data + i)));
+    activate_run(p, sums.data, sums.data, sums.pixels() * lanes);
     if (pre && !p.needs_preactivation()) save();
   } else if (keeps_activated(p)) {
     values.data = scratch.activated;
-    for (int64_t i = 0; i < sums.pixels() * lanes; i += kLanes) store(values.data + i, activate(f, load(sums.data + i)));
+    activate_run(p, sums.data, values.data, sums.pixels() * lanes);
   }
 
   float* value_row = scratch.row;
   float* index_row = scratch.row + columns * lanes;
   float* pre_row = index_row + columns * lanes;
-  const bool activate_last = p.pool == INTERFUSE_POOL_MAX && monotone(p);
+  const bool activate_last = p.pool == INTERFUSE_POOL_MAX && p.activation != INTERFUSE_NONE && monotone(p);
   for (int64_t d = out.from.d; d < out.to.d; ++d)
     for (int64_t h = out.from.h; h < out.to.h; ++h) {
       for (int64_t w = out.from.w; w < out.to.w; ++w) {
@@ -208,12 +136,13 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
             store(index_row + to + lane, (Vec)place);
             store(pre_row + to + lane, best.before);
           }
-          store(value_row + to + lane, activate_last ? activate(f, value) : value);
+          store(value_row + to + lane, value);
         }
       }
-      put_row(y, p, p.out, panel, d, h, out.from.w, value_row, columns);
-      if (p.index_count()) put_row(a.index, p, p.out, panel, d, h, out.from.w, index_row, columns);
-      if (pre && p.pool == INTERFUSE_POOL_MAX) put_row(pre, p, p.out, panel, d, h, out.from.w, pre_row, columns);
+      if (activate_last) activate_run(p, value_row, value_row, columns * lanes);
+      put_pixels(y, p, p.out, panel, d, h, out.from.w, value_row, columns);
+      if (p.index_count()) put_pixels(a.index, p, p.out, panel, d, h, out.from.w, index_row, columns);
+      if (pre && p.pool == INTERFUSE_POOL_MAX) put_pixels(pre, p, p.out, panel, d, h, out.from.w, pre_row, columns);
     }
 }
 
