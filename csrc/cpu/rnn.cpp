@@ -21,7 +21,7 @@ constexpr int64_t kGather = 48;
 // Floats of gates that a stretch of steps may fill: the steps should find them in L2.
 constexpr int64_t kStretch = 96 << 10;
 
-template <class Cell, class W>
+template <class Cell>
 class Forward {
  public:
   Forward(const Rnn& p, const RnnOrder& order, const RnnForward& a)
@@ -49,7 +49,7 @@ class Forward {
   struct Direction {
     float *gates, *cell, *hidden, *output;  // histories, or for gates a stretch, for cell and hidden one state
     float *h_start, *c_start, *w_ih, *bias, *sum_bias, *w_hr;
-    W* w_hh;
+    void* w_hh;  // float, or bfloat16 where the plan asks for it
   };
 
   int64_t output_floats() const { return order_.tokens * outputs_; }
@@ -66,7 +66,7 @@ class Forward {
       x.h_start = memory.take(p_.batch * outputs_);
       x.c_start = memory.take(p_.batch * units_);
       x.w_ih = memory.take(units_ * Cell::kGates * widest);
-      x.w_hh = reinterpret_cast<W*>(memory.take(units_ * Cell::kGates * depth));
+      x.w_hh = memory.take(units_ * Cell::kGates * depth);
       x.bias = memory.take(units_ * Cell::kGates);
       x.sum_bias = memory.take(units_);
       x.w_hr = memory.take(padded(p_.projection) * units_);
@@ -117,7 +117,10 @@ class Forward {
     const interfuse_rnn_weights& w = a_.weights[at];
     Range mine = team.share(d, blocks_);
     pack_gates(w.w_ih, Cell::kGates, p_.hidden, depth, mine.begin, mine.end, x.w_ih);
-    pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), mine.begin, mine.end, x.w_hh);
+    if (p_.half_weights)
+      pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), mine.begin, mine.end, static_cast<uint16_t*>(x.w_hh));
+    else
+      pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), mine.begin, mine.end, static_cast<float*>(x.w_hh));
     if (p_.projection) {
       mine = team.share(d, outputs_ / kLanes);
       pack_gates(w.w_hr, 1, p_.projection, p_.hidden, mine.begin, mine.end, x.w_hr);
@@ -167,13 +170,16 @@ class Forward {
       const int64_t block = task / tiles, end = task % tiles * kRows + kRows < active ? task % tiles * kRows + kRows : active;
       for (int64_t j = task % tiles * kRows; j < end;)
         j += one_tile<kRows>(end - j, [&](auto count) __attribute__((always_inline)) {
-          tile<decltype(count)::value>(x, s, base, block, j);
+          if (p_.half_weights)
+            tile<decltype(count)::value>(x, static_cast<const uint16_t*>(x.w_hh), s, base, block, j);
+          else
+            tile<decltype(count)::value>(x, static_cast<const float*>(x.w_hh), s, base, block, j);
         });
     }
   }
 
-  template <int Rows>
-  INTERFUSE_INLINE void tile(const Direction& x, int64_t s, int64_t base, int64_t block, int64_t j) {
+  template <int Rows, class W>
+  INTERFUSE_INLINE void tile(const Direction& x, const W* w_hh, int64_t s, int64_t base, int64_t block, int64_t j) {
     const int64_t token = order_.first[s] + j, before = s ? order_.first[s - 1] + j : 0;
     const float* h_before = s ? x.output + before * outputs_ : x.h_start + j * outputs_;
     float* gates = x.gates + (token - base) * gate_row_ + block * Cell::kSlots * kLanes;
@@ -184,7 +190,7 @@ class Forward {
       });
     });
     step_product<Rows, Cell::kGates, step_split(Rows * Cell::kGates)>(
-        p_.output(), h_before, outputs_, x.w_hh + block * p_.output() * Cell::kGates * kLanes, sum);
+        p_.output(), h_before, outputs_, w_hh + block * p_.output() * Cell::kGates * kLanes, sum);
     const float* c_before = s == 0 ? x.c_start + j * units_ : p_.save ? x.cell + before * units_ : x.cell + j * units_;
     float* c_after = x.cell + (p_.save ? token : j) * units_;
     float* h_after = p_.projection ? x.hidden + (p_.save ? token : j) * units_ : x.output + token * outputs_;
@@ -265,10 +271,7 @@ struct ForwardOf {
   const RnnForward& a;
   template <class Cell>
   void run() {
-    if (p.half_weights)
-      Forward<Cell, uint16_t>(p, order, a).run();
-    else
-      Forward<Cell, float>(p, order, a).run();
+    Forward<Cell>(p, order, a).run();
   }
 };
 
