@@ -1,9 +1,9 @@
 // conv_pool's gradients: what the files of the backward pass share. Per-ISA (see common/simd.h).
 //
 // The work goes strip by strip: a strip is a run of pooling windows (or of the convolution's own pixels) along one
-// axis, whole along the others. For a strip, the part of x that its windows touch lies packed as
-// [image][d][h][w][channels of a chunk], padding written out as zeros, in a buffer that stays in the second-level
-// cache; the gradient of x accumulates in a buffer of the same shape. One offset then names a convolution pixel in both.
+// axis, whole along the others. For a strip, the part of x that its windows touch lies packed, padding written out as
+// zeros, in a buffer that stays in the second-level cache; the gradient of x accumulates in a buffer of the same shape.
+// One offset then names a convolution pixel in both.
 #pragma once
 
 #include "common/conv_pool.h"
@@ -12,32 +12,39 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-// One nonzero gradient of the convolution's result: where its pixel's first kernel tap lies in the strip, in floats.
-struct SparseGradient {
-  int32_t offset;
-  float value;
+enum class Method {
+  // Behind max pooling only the winners have a gradient; each is a scalar times a patch of x (or of weights).
+  sparse,
+  // The gradient of every convolution pixel is written out, and blocked matrix products do the rest.
+  dense,
+  // As dense, but with vectors along the width, for few input channels.
+  planes
 };
 
 struct BackwardPlan {
   const ConvPool* p;
   const ConvPoolBackward* a;
-  // Sparse: behind max pooling only the winners have a gradient; each is a scalar times a patch of x (or of weights).
-  // Dense: the gradient of every convolution pixel is written out, and blocked matrix products do the rest.
-  bool sparse;
+  Method method;
   int64_t in[3], conv[3], kernel[3], stride[3], dilation[3], pad[3];  // (depth, height, width)
-  // Pooling windows; in dense plans the convolution's pixels, as windows of one.
+  // Pooling windows; but for the sparse method the convolution's pixels, as windows of one.
   int64_t count[3], window[3], window_stride[3], window_pad[3];
-  bool uncovered_columns;                  // pooling windows leave gaps along the width, or an end
-  int axis;                                // strips follow each other along it
-  int64_t strip_steps, strip_images;       // windows along the axis, images: the most that a strip holds
-  int64_t tile[3];                         // windows of a tile: what of x they touch stays in the first-level cache
-  int64_t taps, lanes, chunks;             // lanes: channels of a chunk, a multiple of the vector's
-  int64_t k_padded;                        // output channels of a group, rounded up to what the kernels take
-  float* packed_weight;                    // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane]
-  float* grad_weight;                      // [part][group][chunk][k][tap][lane], summed over parts at the end
-  double* grad_bias;                       // [part][channel]
+  bool uncovered_columns;                 // pooling windows leave gaps along the width, or an end
+  int axis;                               // strips follow each other along it
+  int64_t strip_steps, strip_images;      // windows along the axis, images: the most that a strip holds
+  int64_t tile[3];                        // windows of a tile: what of x they touch stays in the first-level cache
+  int64_t unit_groups, units;             // groups that a strip's buffers hold at once: one, but for planes
+  int64_t taps, lanes, chunks;            // lanes: channels of a chunk, a multiple of the vector's
+  int64_t k_padded;                       // output channels of a group, rounded up to what the kernels take
+  // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane], planes [group][tap][k][c]
+  float* packed_weight;
+  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane]; parts and planes' lanes are summed
+  // at the end.
+  float* grad_weight;
+  double* grad_bias;                      // [part][channel]
 
-  int64_t weight_floats() const { return p->groups * chunks * k_padded * taps * lanes; }
+  int64_t weight_floats() const {
+    return method == Method::planes ? p->out_channels * p->group_in * taps * kLanes : p->groups * chunks * k_padded * taps * lanes;
+  }
   // First padded coordinate that window `step` of the strips' axis touches, and the first beyond it.
   int64_t touch_begin(int64_t step) const { return first_pixel(step) * stride[axis]; }
   int64_t touch_end(int64_t step) const {
@@ -58,6 +65,18 @@ struct Strip {
   int64_t step[3], image_step, floats;  // distances in a chunk's buffer
 };
 
+// ---- conv_pool_backward_strips.cpp: the way through the strips ----------------------------------------------------
+
+// What one thread does: windows (of all images) begin..end along the plan's axis, for units of groups and, where
+// grad_x is not wanted, for some of their output channels.
+struct Task {
+  int64_t begin, end, unit_begin, unit_end, k_begin, k_end;
+  bool grad_x;
+  float* grad_weight;  // NULL: not wanted
+  double* grad_bias;
+};
+void run_strips(const BackwardPlan&, const Task&);
+
 // ---- conv_pool_backward_pack.cpp: between the tensors and the packed buffers -------------------------------------
 
 void pack_input(const BackwardPlan&, const Strip&, int64_t channel, int64_t channels, float* to);
@@ -67,36 +86,65 @@ void store_input_gradient(const BackwardPlan&, const Strip&, int64_t channel, in
 void pack_weight(const BackwardPlan&, int thread, int threads);
 void store_weight_gradient(const BackwardPlan&, int parts, int thread, int threads);
 
-// ---- conv_pool_backward_source.cpp: through pooling and activation ------------------------------------------------
+// ---- conv_pool_backward_lists.cpp, _sparse.cpp: only the winners of max pooling ------------------------------------
 
-// Tiles of a strip along each axis.
-struct Tiles {
-  int64_t count[3], total, windows;  // windows: the most that one tile holds
+// The nonzero gradients of a strip by tile and output channel: where in the strip's buffers the first kernel tap of each
+// one's pixel lies, in bytes, and its value. List (tile, channel) has `capacity` places, counts[tile][channel] are taken.
+struct SparseLists {
+  int64_t tiles[3], tile_count, channels, capacity;
+  int32_t* counts;
+  int32_t* offsets;
+  float* values;
 };
-Tiles tiles_of(const BackwardPlan&, const Strip&);
-// entries[tile][k][windows], counts[tile][k] for the output channels k_begin..k_end of a group.
-void list_gradients(const BackwardPlan&, const Strip&, const Tiles&, int64_t group, int64_t k_begin, int64_t k_end,
-                    SparseGradient* entries, int32_t* counts, float* row);
-// gradient[k block][pixel][kBlock]; pixels in (image, d, h, w) order.
-void dense_gradients(const BackwardPlan&, const Strip&, int64_t group, int64_t k_begin, int64_t k_end, float* gradient,
-                     float* row);
 
-// ---- the two methods: add to the weight gradient's or the input gradient's buffer of one chunk --------------------
+// All but the pointers.
+void plan_lists(const BackwardPlan&, const Strip&, int64_t channels, SparseLists*);
+void list_gradients(const BackwardPlan&, const Strip&, int64_t first_channel, const SparseLists&);
+// Add to one chunk's buffer; `sums` and `weight` start at the [tap][lane] of the lists' first channel.
+void sparse_weight_gradient(const BackwardPlan&, const Strip&, const SparseLists&, const float* x, float* sums);
+void sparse_input_gradient(const BackwardPlan&, const Strip&, const SparseLists&, const float* weight, float* grad_x);
+
+// ---- conv_pool_backward_pixels.cpp, _dense.cpp: all pixels of the convolution --------------------------------------
 
 // Output channels that the dense kernels take at once: with two vectors of input channels each, the accumulators of
 // 8 (4) fill half of 32 (16) registers, enough to hide the latency of a fused multiply-add.
 constexpr int kBlock = kRegisters == 32 ? 8 : 4;
 
-// For the lists of list_gradients; `sums` and `weight` start at the first of those channels' [tap][lane].
-void sparse_weight_gradient(const BackwardPlan&, const Strip&, const Tiles&, const SparseGradient* entries,
-                            const int32_t* counts, int64_t channels, const float* x, float* sums);
-void sparse_input_gradient(const BackwardPlan&, const Strip&, const Tiles&, const SparseGradient* entries,
-                           const int32_t* counts, int64_t channels, const float* weight, float* grad_x);
-// For dense_gradients' blocks; offsets: where each pixel's first kernel tap lies in the strip, in floats.
+// gradient[k block][pixel][kBlock] for output channels first.. of the tensor; pixels in (image, d, h, w) order. `row` is
+// working space.
+void dense_gradients(const BackwardPlan&, const Strip&, int64_t first_channel, int64_t channels, float* gradient, float* row);
+// Add to one chunk's buffer. offsets: where each pixel's first kernel tap lies in the strip, in floats.
 void dense_weight_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets, int64_t pixels,
                            int64_t k_blocks, const float* x, float* sums);
 void dense_input_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets, int64_t pixels,
                           int64_t k_blocks, const float* weight, float* grad_x);
+
+// ---- conv_pool_backward_planes.cpp, _planes_pack.cpp: few input channels -------------------------------------------
+
+// Where things lie in a strip's planes: x and grad_x [channel][image][d][h][phase][column], the gradient
+// [image][d][h][k][column] with `left` zeros before each row.
+struct Planes {
+  int64_t columns, shift;                        // of one phase, rounded up to vectors; the most that a tap shifts by
+  int64_t phase, row, slice, image, channel;     // distances in x
+  int64_t first[3], pixels[3];                   // the convolution's pixels of the strip
+  int64_t left, gradient_channel, gradient_row;  // distances in the gradient
+  int64_t gradient_floats() const { return pixels[0] * pixels[1] * gradient_row; }  // of one image
+};
+Planes planes_of(const BackwardPlan&, const Strip&, int64_t out_channels);
+void pack_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, float* to, float* row);
+void store_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, int64_t begin, int64_t end,
+                  const float* from, float* row);
+void planes_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels, float* gradient, float* row);
+// One group's share, all from its first channel on; `channels` output channels.
+void planes_weight_gradient(const BackwardPlan&, const Strip&, const Planes&, const float* gradient, int64_t channels,
+                            const float* x, float* sums);
+// `sources`: working space for one entry per kernel tap.
+struct PlaneSource {
+  const float* gradient;
+  const float* weight;
+};
+void planes_input_gradient(const BackwardPlan&, const Strip&, const Planes&, const float* gradient, int64_t channels,
+                           const float* weight, float* grad_x, PlaneSource* sources);
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -1,25 +1,15 @@
 // conv_pool's gradients: between the tensors, as their strides and dtype say, and the packed float32 buffers.
-#include "cpu/conv_pool_backward.h"
-
 #include "common/parallel.h"
 #include "common/transpose.h"
+#include "cpu/conv_pool_backward_source.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-template <class T>
-INTERFUSE_INLINE Vec load_some(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(n));
-}
-template <class T>
-INTERFUSE_INLINE void store_some(T* p, Vec v, int64_t n) {
-  n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
-}
-
 // to[pixel][lane] = from[channel][pixel], lanes beyond the channels zero.
 template <class T>
-void pack_planes(const T* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes, float* to) {
+void pixels_from_planes(const T* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes, float* to) {
   for (int64_t c = 0; c < lanes; c += kLanes)
     for (int64_t w = 0; w < pixels; w += kLanes) {
       Vec block[kLanes];
@@ -34,14 +24,14 @@ void pack_planes(const T* from, int64_t channel_step, int64_t channels, int64_t 
 }
 
 template <class T>
-void pack_pixels(const T* from, int64_t pixel_step, int64_t channels, int64_t pixels, int64_t lanes, float* to) {
+void pixels_from_pixels(const T* from, int64_t pixel_step, int64_t channels, int64_t pixels, int64_t lanes, float* to) {
   for (int64_t w = 0; w < pixels; ++w, from += pixel_step, to += lanes)
     for (int64_t c = 0; c < lanes; c += kLanes)
       store(to + c, c < channels ? load_some(from + c, channels - c) : zero());
 }
 
 template <class T>
-void store_planes(const float* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes, T* to) {
+void pixels_to_planes(const float* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes, T* to) {
   for (int64_t c = 0; c < channels; c += kLanes)
     for (int64_t w = 0; w < pixels; w += kLanes) {
       Vec block[kLanes];
@@ -55,7 +45,7 @@ void store_planes(const float* from, int64_t channel_step, int64_t channels, int
 }
 
 template <class T>
-void store_pixels(const float* from, int64_t pixel_step, int64_t channels, int64_t pixels, int64_t lanes, T* to) {
+void pixels_to_pixels(const float* from, int64_t pixel_step, int64_t channels, int64_t pixels, int64_t lanes, T* to) {
   for (int64_t w = 0; w < pixels; ++w, from += lanes, to += pixel_step)
     for (int64_t c = 0; c < channels; c += kLanes) store_some(to + c, load(from + c), channels - c);
 }
@@ -79,8 +69,8 @@ void pack_input_as(const BackwardPlan& plan, const Strip& strip, int64_t channel
         if (!inside) continue;
         const T* from = static_cast<const T*>(plan.a->x) + n * p.xs.n + channel * p.xs.c + d * p.xs.d + h * p.xs.h +
                         (strip.lo[2] + w0 - plan.pad[2]) * p.xs.w;
-        p.channels_last ? pack_pixels(from, p.xs.w, channels, w1 - w0, lanes, to + w0 * lanes)
-                        : pack_planes(from, p.xs.c, channels, w1 - w0, lanes, to + w0 * lanes);
+        p.channels_last ? pixels_from_pixels(from, p.xs.w, channels, w1 - w0, lanes, to + w0 * lanes)
+                        : pixels_from_planes(from, p.xs.c, channels, w1 - w0, lanes, to + w0 * lanes);
       }
 }
 
@@ -109,20 +99,35 @@ void store_input_gradient_as(const BackwardPlan& plan, const Strip& strip, int64
         T* grad_x = static_cast<T*>(plan.a->grad_x);
         if (p.channels_last) {
           T* to = grad_x + ((strip.image + n) * volume + pixel) * p.in_channels + channel;
-          store_pixels(row, p.in_channels, channels, valid, plan.lanes, to);
+          pixels_to_pixels(row, p.in_channels, channels, valid, plan.lanes, to);
           for (int64_t i = 0; i < empty; ++i)
             memset(to + (valid + i) * p.in_channels, 0, static_cast<size_t>(channels) * sizeof(T));
         } else {
           T* to = grad_x + plane * volume + pixel;
-          store_planes(row, volume, channels, valid, plan.lanes, to);
+          pixels_to_planes(row, volume, channels, valid, plan.lanes, to);
           for (int64_t c = 0; empty && c < channels; ++c)
             memset(to + c * volume + valid, 0, static_cast<size_t>(empty) * sizeof(T));
         }
       }
 }
 
+// [group][tap][k][c]
+template <class T>
+void pack_planes_weight(const BackwardPlan& plan, int thread, int threads) {
+  const ConvPool& p = *plan.p;
+  const Range mine = share(p.out_channels, thread, threads);
+  for (int64_t i = mine.begin; i < mine.end; ++i) {
+    const int64_t group = i / p.group_out, k = i % p.group_out;
+    const T* from = static_cast<const T*>(plan.a->weight) + i * p.group_in * plan.taps;
+    for (int64_t tap = 0; tap < plan.taps; ++tap)
+      for (int64_t c = 0; c < p.group_in; ++c)
+        plan.packed_weight[((group * plan.taps + tap) * p.group_out + k) * p.group_in + c] = to_float(from[c * plan.taps + tap]);
+  }
+}
+
 template <class T>
 void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
+  if (plan.method == Method::planes) return pack_planes_weight<T>(plan, thread, threads);
   const ConvPool& p = *plan.p;
   const Range mine = share(p.groups * plan.chunks * plan.k_padded, thread, threads);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -131,15 +136,28 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
     const T* from = static_cast<const T*>(plan.a->weight) + ((group * p.group_out + k) * p.group_in + chunk * plan.lanes) * plan.taps;
     float* base = plan.packed_weight + (group * plan.chunks + chunk) * plan.k_padded * plan.taps * plan.lanes;
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      float* to = base + (plan.sparse ? k * plan.taps + tap : tap * plan.k_padded + k) * plan.lanes;
+      float* to = base + (plan.method == Method::sparse ? k * plan.taps + tap : tap * plan.k_padded + k) * plan.lanes;
       for (int64_t c = 0; c < plan.lanes; ++c)
         to[c] = k < p.group_out && c < channels ? to_float(from[c * plan.taps + tap]) : 0.f;
     }
   }
 }
 
+// Sums the parts and the lanes of each.
+template <class T>
+void store_planes_weight_gradient(const BackwardPlan& plan, int parts, int thread, int threads) {
+  const int64_t count = plan.p->out_channels * plan.p->group_in * plan.taps;
+  const Range mine = share(count, thread, threads);
+  for (int64_t i = mine.begin; i < mine.end; ++i) {
+    Vec sum = zero();
+    for (int part = 0; part < parts; ++part) sum += load(plan.grad_weight + (part * count + i) * kLanes);
+    put(static_cast<T*>(plan.a->grad_weight) + i, sum_lanes(sum));
+  }
+}
+
 template <class T>
 void store_weight_gradient_as(const BackwardPlan& plan, int parts, int thread, int threads) {
+  if (plan.method == Method::planes) return store_planes_weight_gradient<T>(plan, parts, thread, threads);
   const ConvPool& p = *plan.p;
   const int64_t size = plan.weight_floats();
   const Range mine = share(p.out_channels, thread, threads);

@@ -14,21 +14,30 @@ constexpr int kMostRows = 9;
 // What may stay in registers: room is left for the value, and for addresses the compiler may spill.
 constexpr int kAccumulators = kRegisters == 32 ? 27 : 12;
 
-typedef void (*WeightKernel)(const SparseGradient*, int64_t, const float*, const int64_t*, float*, const int64_t*);
-typedef void (*InputKernel)(const SparseGradient*, int64_t, float*, const int64_t*, const float*, const int64_t*);
+struct List {
+  const int32_t* offsets;
+  const float* values;
+  int64_t count;
+};
+
+typedef void (*WeightKernel)(List, const float*, const int64_t*, float*, const int64_t*);
+typedef void (*InputKernel)(List, float*, const int64_t*, const float*, const int64_t*);
+
+INTERFUSE_INLINE const float* bytes_on(const float* p, int64_t bytes) { return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes); }
+INTERFUSE_INLINE float* bytes_on(float* p, int64_t bytes) { return reinterpret_cast<float*>(reinterpret_cast<char*>(p) + bytes); }
 
 // Sums start at zero and are added at the end: shorter chains of rounding than one sum through the whole batch.
 template <int R, int V>
-void weight_kernel(const SparseGradient* list, int64_t count, const float* x, const int64_t* rows, float* sums, const int64_t* sums_row) {
+void weight_kernel(List list, const float* x, const int64_t* rows, float* sums, const int64_t* sums_row) {
   Vec s[R][V] = {};
   int64_t row[R];  // a copy: the stores below could alias the caller's
   for (int r = 0; r < R; ++r) row[r] = rows[r];
-  for (int64_t i = 0; i < count; ++i) {
-    const float* at = x + list[i].offset;
-    const Vec g = splat(list[i].value);
+  for (int64_t i = 0; i < list.count; ++i) {
+    const float* at = bytes_on(x, list.offsets[i]);
+    const Vec g = splat(list.values[i]);
 #pragma GCC unroll 9
     for (int r = 0; r < R; ++r) {
-      const float* from = at + row[r];
+      const float* from = bytes_on(at, row[r]);
 #pragma GCC unroll 9
       for (int v = 0; v < V; ++v) s[r][v] = multiply_add(g, load(from + v * kLanes), s[r][v]);
     }
@@ -43,7 +52,7 @@ void weight_kernel(const SparseGradient* list, int64_t count, const float* x, co
 }
 
 template <int R, int V>
-void input_kernel(const SparseGradient* list, int64_t count, float* grad_x, const int64_t* rows, const float* weight, const int64_t* weight_row) {
+void input_kernel(List list, float* grad_x, const int64_t* rows, const float* weight, const int64_t* weight_row) {
   Vec w[R][V];
   int64_t row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[r];
@@ -51,12 +60,12 @@ void input_kernel(const SparseGradient* list, int64_t count, float* grad_x, cons
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 9
     for (int v = 0; v < V; ++v) w[r][v] = load(weight + weight_row[r] + v * kLanes);
-  for (int64_t i = 0; i < count; ++i) {
-    float* at = grad_x + list[i].offset;
-    const Vec g = splat(list[i].value);
+  for (int64_t i = 0; i < list.count; ++i) {
+    float* at = bytes_on(grad_x, list.offsets[i]);
+    const Vec g = splat(list.values[i]);
 #pragma GCC unroll 9
     for (int r = 0; r < R; ++r) {
-      float* to = at + row[r];
+      float* to = bytes_on(at, row[r]);
 #pragma GCC unroll 9
       for (int v = 0; v < V; ++v) store(to + v * kLanes, multiply_add(g, w[r][v], load(to + v * kLanes)));
     }
@@ -90,7 +99,7 @@ int most_rows(int vectors) {
 // The rows of a patch that one kernel call takes.
 struct Group {
   const Kernels* kernels;
-  int64_t in_strip[kMostRows], in_taps[kMostRows];  // where the rows lie in the strip's buffers, and in [tap][lane]
+  int64_t in_strip[kMostRows], in_taps[kMostRows];  // where the rows lie in the strip's buffers, in bytes, and in [tap][lane]
 };
 
 // Cuts the patch into groups of even size and calls body(group) for each.
@@ -110,8 +119,9 @@ INTERFUSE_INLINE void for_each_group(const BackwardPlan& plan, const Strip& stri
       for (int i = 0; i < height; ++i) {
         const int64_t tap = (r + i) * width, w = tap % plan.kernel[2], h = tap / plan.kernel[2] % plan.kernel[1];
         const int64_t d = tap / plan.kernel[2] / plan.kernel[1];
-        group.in_strip[i] = d * plan.dilation[0] * strip.step[0] + h * plan.dilation[1] * strip.step[1] +
-                            w * plan.dilation[2] * strip.step[2] + v * kLanes;
+        const int64_t floats = d * plan.dilation[0] * strip.step[0] + h * plan.dilation[1] * strip.step[1] +
+                               w * plan.dilation[2] * strip.step[2] + v * kLanes;
+        group.in_strip[i] = floats * static_cast<int64_t>(sizeof(float));
         group.in_taps[i] = tap * plan.lanes + v * kLanes;
       }
       body(group);
@@ -121,24 +131,28 @@ INTERFUSE_INLINE void for_each_group(const BackwardPlan& plan, const Strip& stri
   }
 }
 
-}  // namespace
-
-void sparse_weight_gradient(const BackwardPlan& plan, const Strip& strip, const Tiles& tiles, const SparseGradient* entries,
-                            const int32_t* counts, int64_t channels, const float* x, float* sums) {
-  for (int64_t tile = 0; tile < tiles.total; ++tile)
+// Calls body(list, group, channel) so that a tile and a group's rows are used by all channels one after the other.
+template <class Body>
+INTERFUSE_INLINE void for_each_list(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, Body&& body) {
+  for (int64_t tile = 0; tile < lists.tile_count; ++tile)
     for_each_group(plan, strip, [&](const Group& group) {
-      for (int64_t k = 0, list = tile * channels; k < channels; ++k, ++list)
-        group.kernels->weight(entries + list * tiles.windows, counts[list], x, group.in_strip, sums + k * plan.taps * plan.lanes, group.in_taps);
+      for (int64_t k = 0, list = tile * lists.channels; k < lists.channels; ++k, ++list)
+        body(List{lists.offsets + list * lists.capacity, lists.values + list * lists.capacity, lists.counts[list]}, group, k);
     });
 }
 
-void sparse_input_gradient(const BackwardPlan& plan, const Strip& strip, const Tiles& tiles, const SparseGradient* entries,
-                           const int32_t* counts, int64_t channels, const float* weight, float* grad_x) {
-  for (int64_t tile = 0; tile < tiles.total; ++tile)
-    for_each_group(plan, strip, [&](const Group& group) {
-      for (int64_t k = 0, list = tile * channels; k < channels; ++k, ++list)
-        group.kernels->input(entries + list * tiles.windows, counts[list], grad_x, group.in_strip, weight + k * plan.taps * plan.lanes, group.in_taps);
-    });
+}  // namespace
+
+void sparse_weight_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* x, float* sums) {
+  for_each_list(plan, strip, lists, [&](List list, const Group& group, int64_t k) {
+    group.kernels->weight(list, x, group.in_strip, sums + k * plan.taps * plan.lanes, group.in_taps);
+  });
+}
+
+void sparse_input_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* weight, float* grad_x) {
+  for_each_list(plan, strip, lists, [&](List list, const Group& group, int64_t k) {
+    group.kernels->input(list, grad_x, group.in_strip, weight + k * plan.taps * plan.lanes, group.in_taps);
+  });
 }
 
 }  // namespace INTERFUSE_ISA
