@@ -448,7 +448,8 @@ def test_launches_on_the_current_stream_of_the_tensors_device(kernels: Any) -> N
 @by_host
 @pytest.mark.slow
 def test_the_interpreter_agrees() -> None:
-    pytest.importorskip("triton")
+    # Earlier interpreters turn arrays of one element into loop bounds, which NumPy forbids since 2.5.
+    pytest.importorskip("triton", minversion="3.9")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     flags = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
     command = [sys.executable, "-m", "pytest", *flags, str(Path(__file__))]
