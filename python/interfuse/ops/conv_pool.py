@@ -92,7 +92,7 @@ def conv_pool(
 
 def run_op(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
     """The long way: what comes before and after the registered op, and the op."""
-    batched = check_batched(x, weight)
+    batched = check_batched(x, weight, bias)
     x = x if batched else x.unsqueeze(0)
     params = resolve(tuple(weight.shape[2:]), options, numerics.get_precision())
     if options.padding_mode != "zeros":
@@ -121,7 +121,7 @@ def pad_by_mode(x: Tensor, params: ConvPoolParams, mode: str) -> tuple[Tensor, C
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, what torch's convolutions do: lower-precision floats, float64 left alone."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
 

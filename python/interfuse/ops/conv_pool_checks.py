@@ -219,10 +219,10 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def check_batched(x: Tensor, weight: Tensor) -> bool:
+def check_batched(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether x has a batch dimension, from its and the weight's dimensions."""
-    for name, t in (("input", x), ("weight", weight)):
-        if not isinstance(t, Tensor):
+    for name, t in (("input", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and not (t is None and name == "bias"):
             raise TypeError(f"conv_pool: the {name} must be a torch tensor; got {type(t).__name__}.")
     check_weight(weight)
     if x.dim() not in (weight.dim(), weight.dim() - 1):

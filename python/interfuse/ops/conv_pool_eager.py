@@ -118,7 +118,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ..
 
 def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Plan | Literal[False]:
     """The plan, or False where something is to be done before or after the kernel, or another one runs."""
-    batched = check_batched(x, weight)
+    batched = check_batched(x, weight, bias)
     x = x if batched else x.unsqueeze(0)
     params = resolve(tuple(weight.shape[2:]), options, numerics.get_precision())
     if options.padding_mode != "zeros" or options.backend not in (None, "native"):

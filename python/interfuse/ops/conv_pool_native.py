@@ -91,6 +91,17 @@ def _prepare(problem: ConvPoolProblem, x: Tensor) -> tuple[Tensor, _native.ConvP
     return x, _descs.get(key) or _descs.put(key, make_desc(problem, x.stride()))
 
 
+def _covered(problem: ConvPoolProblem) -> bool:
+    """Whether some window holds each element of the convolution: the core writes `pre` only under windows."""
+    p = problem.params
+    return all(
+        step <= window and (count - 1) * step + window - pad >= size
+        for size, count, window, step, pad in zip(
+            problem.conv_sizes, problem.out_sizes, p.pool_size, p.pool_stride, p.pool_padding, strict=True
+        )
+    )
+
+
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -99,6 +110,8 @@ def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     y, index, pre = empty_outputs(problem)
     if problem.batch == 0:
         return y, index, pre
+    if pre.dim() > 1 and not _covered(problem):
+        pre.zero_()
     x, desc = _prepare(problem, x)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -6,7 +6,8 @@ switched off) and can itself be differentiated: create_graph goes through this f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,19 @@ from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem, mem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 aten = torch.ops.aten
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _pad(x: Tensor, p: ConvPoolParams) -> tuple[Tensor, tuple[int, ...]]:
@@ -72,7 +80,8 @@ def _activate_backward(grad: Tensor, pre: Tensor, value: Tensor, p: ConvPoolPara
         case "gelu_tanh":
             return aten.gelu_backward(grad, pre, approximate="tanh")
         case "silu":
-            return aten.silu_backward(grad, pre)
+            gate = torch.sigmoid(pre)  # written out: aten.silu_backward has no derivative
+            return grad * gate * (1 + pre * (1 - gate))
         case "tanh":
             return aten.tanh_backward(grad, value)
         case "sigmoid":
@@ -172,7 +181,7 @@ def run(
     problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op: (y, index, pre), with index and pre as every implementation saves them."""
-    with torch.autocast(x.device.type, enabled=False):  # the caller has cast already
+    with without_autocast(x.device):  # the caller has cast already
         return _run(problem, x, weight, bias)
 
 
@@ -216,7 +225,7 @@ def run_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered backward op. What the forward saved is not read: the reference computes it again."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         grads = backward(grad_y, x, weight, bias, problem.params, mask)
     forms = (memory_format(problem), torch.contiguous_format, torch.contiguous_format)
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
