@@ -1,0 +1,66 @@
+"""Every tolerance of the tests, each with its reason. Errors are relative Frobenius norms against float64:
+||ours - truth|| / ||truth||, which a single wrong element of a small tensor already exceeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# "default" may use Winograd, whose transforms cost about one and a half digits of float32's seven.
+FLOAT32_DEFAULT = 1e-5
+
+# "highest" only adds up products in float32: 6e-8 a rounding, growing with the square root of the terms (at
+# most a few thousand in these cases). An index that is off by one gives about 1.
+FLOAT32_HIGHEST = 1e-6
+
+# Gradients add over the whole batch and plane, and through one more product; Winograd is not used there
+# more than in the forward.
+FLOAT32_GRADIENT = 1e-5
+
+# One rounding at the store: half a unit in the last place of 8 bits is at most 2^-8 of each element, and so
+# of the norm. What comes before is float32.
+BFLOAT16 = 2.0**-8 + FLOAT32_DEFAULT
+
+# Two roundings: of the saved value from which the activation's derivative is computed (which may be
+# amplified about twice by gelu's and silu's curvature), and at the store.
+BFLOAT16_GRADIENT = 3 * 2.0**-8
+
+# float16 and float64 go through torch's own kernels in the same dtype; float16's convolutions accumulate in
+# float32 or float16 as torch likes: a few units of 11 bits.
+FLOAT16 = 4 * 2.0**-11
+FLOAT64 = 1e-13
+
+# Our error at "highest" is at most this many times torch's own, as long as torch's is above its own rounding.
+TIMES_TORCH = 2.0
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    """The relative Frobenius error; infinite where shapes differ, or NaNs and infinities do."""
+    ours, truth = ours.detach().double(), truth.detach().double()
+    if ours.shape != truth.shape:
+        return float("inf")
+    special = ~torch.isfinite(truth)
+    if not torch.equal(special, ~torch.isfinite(ours)):
+        return float("inf")
+    same = (ours == truth) | (ours.isnan() & truth.isnan())
+    if not bool(same[special].all()):
+        return float("inf")
+    ours, truth = ours[~special], truth[~special]
+    difference, size = (ours - truth).norm(), truth.norm()
+    return float(difference / size) if size > 0 else float("inf") if difference > 0 else 0.0
+
+
+def output(dtype: torch.dtype, precision: str = "default") -> float:
+    """The bound on an output's error."""
+    if dtype == torch.float32:
+        return FLOAT32_HIGHEST if precision == "highest" else FLOAT32_DEFAULT
+    return {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}[dtype]
+
+
+def gradient(dtype: torch.dtype) -> float:
+    """The bound on a gradient's error."""
+    return {torch.float32: FLOAT32_GRADIENT, torch.bfloat16: BFLOAT16_GRADIENT, torch.float64: FLOAT64}[dtype]
