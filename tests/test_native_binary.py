@@ -15,6 +15,15 @@ import torch  # noqa: F401  (before the core: its OpenMP runtime is the one that
 from interfuse import _native
 
 MODULE = Path(_native.__file__)
+ROOT = Path(__file__).resolve().parent.parent
+
+# Object files of the build that is installed: `make`'s own folder, or the one that plain pip uses.
+OBJECTS = sorted(
+    path
+    for folder in ("native", "cp*")
+    for path in (ROOT / "build").glob(f"{folder}/CMakeFiles/interfuse_cpu_*.dir/csrc/cpu/*.o")
+    if (ROOT / "csrc/cpu" / path.stem).exists()
+)
 
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
@@ -104,3 +113,25 @@ def test_an_environment_variable_forces_a_lower_instruction_set(isa: str) -> Non
         """
     )
     assert printed.strip() == isa
+
+
+@pytest.mark.skipif(not OBJECTS, reason="the core was not built in this checkout")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_no_code_leaves_its_instruction_set() -> None:
+    """Everything weak or unique in a file that is compiled once per set carries that set's name.
+
+    The linker keeps one of several weak copies, and the baseline must not get the one made of AVX-512.
+    """
+    leaks = []
+    for path in OBJECTS:
+        (isa,) = re.findall(r"interfuse_cpu_(\w+)\.dir", str(path))
+        command = ["nm", "--defined-only", "--demangle", "--format=posix", str(path)]
+        for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
+            found = re.fullmatch(r"(.*) ([A-Za-z])(?: [0-9a-f]*)*", line)
+            assert found, line
+            symbol, kind = found.groups()
+            if kind not in "VvWwu" or symbol == "DW.ref.__gxx_personality_v0":  # (data, the same in all)
+                continue
+            if f"interfuse::{isa}::" not in symbol:
+                leaks.append(f"{path.name} for {isa} defines {symbol}")
+    assert not leaks, "make these static, or move them into the set's namespace:\n" + "\n".join(leaks)
