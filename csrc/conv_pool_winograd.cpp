@@ -36,7 +36,6 @@ int winograd_depth_tile(const ConvPool& p) {
 
 std::string winograd_why_not(const ConvPool& p) {
   if (p.highest) return "the precision is 'highest', which allows sums of products only.";
-  if (p.channels_last) return "the tensors are channels-last; only contiguous ones are supported.";
   for (int axis = 0; axis < 3; ++axis) {
     const long long kernel = along(p.kernel, axis), stride = along(p.stride, axis), dilation = along(p.dilation, axis);
     if (kernel != 3 && !(axis == 0 && kernel == 1))

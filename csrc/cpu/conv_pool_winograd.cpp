@@ -34,23 +34,41 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
   plan.channels = p.group_in;
   plan.filters = p.group_out;
 
-  const int64_t unit = kLanes;
-  const int64_t filters = round_up(plan.filters, kFilterRows);
-  const int64_t share_of_thread = round_up((plan.all_tiles + threads - 1) / threads, unit);
+  // Tiles and filters come in whole register tiles.
+  int64_t tile_unit = kLanes, filter_unit = kFilterRows, least_block = kLanes * kTileVectors;
+  if (p.channels_last) {
+    const int64_t vectors = (plan.filters + kLanes - 1) / kLanes, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+    plan.panel = (vectors + panels - 1) / panels * kLanes;
+    filter_unit = plan.panel;
+    tile_unit = gemm_tile_rows(static_cast<int>(plan.panel / kLanes));
+    least_block = round_up(32, tile_unit);
+  }
+  const int64_t filters = round_up(plan.filters, filter_unit);
+  const int64_t share_of_thread = round_up((plan.all_tiles + threads - 1) / threads, tile_unit);
   // Data gets two thirds of the cache, product one: a large block saves reading the weight, a large chunk saves
   // reading data from L2 once more.
-  int64_t block = kCacheFloats * 2 / 3 / (plan.points * plan.channels) / unit * unit;
-  block = least(most(block, unit * kTileVectors), kMostBlock);
+  int64_t block = kCacheFloats * 2 / 3 / (plan.points * plan.channels) / tile_unit * tile_unit;
+  block = least(most(block, least_block), kMostBlock / tile_unit * tile_unit);
   const int64_t blocks = (share_of_thread + block - 1) / block;
-  plan.block = least(block, round_up((share_of_thread + blocks - 1) / blocks, unit));
-  int64_t chunk = kCacheFloats / 3 / (plan.points * plan.block) / kFilterRows * kFilterRows;
-  chunk = least(most(chunk, 2 * kFilterRows), filters);
+  plan.block = least(block, round_up((share_of_thread + blocks - 1) / blocks, tile_unit));
+  int64_t chunk = kCacheFloats / 3 / (plan.points * plan.block) / filter_unit * filter_unit;
+  chunk = least(most(chunk, most(filter_unit, 16)), filters);
   plan.chunks = (filters + chunk - 1) / chunk;
-  plan.chunk = round_up((filters + plan.chunks - 1) / plan.chunks, kFilterRows);
-  plan.data_row = plan.block % (8 * 16) ? plan.block : plan.block + 16;
-  plan.data_plane = plane_pitch(plan.channels * plan.data_row + kLanes);
-  plan.product_row = plan.block;
-  plan.product_plane = plane_pitch(plan.chunk * plan.product_row + kLanes);
+  plan.chunk = round_up((filters + plan.chunks - 1) / plan.chunks, filter_unit);
+  plan.chunks = (filters + plan.chunk - 1) / plan.chunk;
+  if (p.channels_last) {
+    // Rows of data a cache line longer than a power of two: the rows of a register tile are read together.
+    plan.data_row = round_up(plan.channels, kLanes);
+    if (plan.data_row % 128 == 0) plan.data_row += 16;
+    plan.product_row = plan.chunk;
+    plan.data_plane = plane_pitch(plan.block * plan.data_row);
+    plan.product_plane = plane_pitch(plan.block * plan.product_row);
+  } else {
+    plan.data_row = plan.block % 128 ? plan.block : plan.block + 16;
+    plan.product_row = plan.block;
+    plan.data_plane = plane_pitch(plan.channels * plan.data_row + kLanes);
+    plan.product_plane = plane_pitch(plan.chunk * plan.product_row + kLanes);
+  }
   return plan;
 }
 
@@ -117,16 +135,17 @@ void redo_broken(const WinogradCall& call) {
 
 void conv_pool_winograd(const ConvPool& p, const ConvPoolForward& a) {
   const WinogradPlan plan = make_plan(p, a.threads);
-  const WinogradKernel& kernel = *winograd_rows(p.dtype == INTERFUSE_BFLOAT16, plan.depth_tile);
+  const bool bf16 = p.dtype == INTERFUSE_BFLOAT16;
+  const WinogradKernel& kernel = p.channels_last ? *winograd_channels(bf16, plan.depth_tile) : *winograd_rows(bf16, plan.depth_tile);
   PackJob job{p, plan, kernel, a};
   const Pack weight(pack_key(p, plan, a), static_cast<size_t>(p.groups * plan.weight_group()) * sizeof(float), fill_pack, &job);
   uint8_t* broken = static_cast<uint8_t*>(scratch(Slot::flags, static_cast<size_t>(p.batch)));
   memset(broken, 0, static_cast<size_t>(p.batch));
   const WinogradCall call{p, plan, a, static_cast<const float*>(weight.data()), broken};
-  const int64_t units = (plan.all_tiles + kLanes - 1) / kLanes;
+  const int64_t unit = p.channels_last ? 1 : kLanes, units = (plan.all_tiles + unit - 1) / unit;
   parallel(a.threads, [&](int thread, int threads) {
     const Range mine = share(units, thread, threads);
-    run_tiles(call, kernel, {mine.begin * kLanes, least(mine.end * kLanes, plan.all_tiles)});
+    run_tiles(call, kernel, {mine.begin * unit, least(mine.end * unit, plan.all_tiles)});
   });
   redo_broken(call);
 }

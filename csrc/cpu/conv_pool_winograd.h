@@ -28,6 +28,8 @@ constexpr int64_t kDepthSlice = 128;                // channels whose part of th
 // The register tile of the contiguous layout, where vectors run along the tiles: filters x vectors.
 constexpr int kTileVectors = kGemmAccumulators < 12 ? 2 : 3;
 constexpr int kFilterRows = gemm_tile_rows(kTileVectors);
+// The most vectors of filters in one register tile of the channels-last layout: 6x4 with 32 registers, 6x2 with 16.
+constexpr int64_t kPanelVectors = kRegisters == 32 ? 4 : 2;
 
 struct WinogradPlan {
   int depth_tile, depth_points, points;  // outputs and points along depth; points of the whole tile
@@ -36,6 +38,7 @@ struct WinogradPlan {
   int64_t channels, filters;             // of one group
   int64_t block;                         // tiles that one block has room for, a multiple of the register tile
   int64_t chunk, chunks;                 // filters of a chunk (padded), and how many chunks a group has
+  int64_t panel;                         // channels-last: filters of one register tile
   int64_t data_row, data_plane;          // floats between rows and between points of data
   int64_t product_row, product_plane;    // the same of product
   int64_t slice_depth() const { return channels < kDepthSlice ? channels : kDepthSlice; }
@@ -55,7 +58,8 @@ struct WinogradCall {
   const WinogradPlan& plan;
   const ConvPoolForward& a;
   const float* weight;  // transformed
-  uint8_t* broken;      // one flag per image: a product was not finite, the direct kernel must redo it
+  uint8_t* broken;      // one flag per image: a result was not finite, the direct kernel must redo it
+  void mark_broken(int64_t image) const { __atomic_store_n(broken + image, uint8_t(1), __ATOMIC_RELAXED); }
 };
 
 // One layout of one data type with one depth tile.

@@ -125,5 +125,141 @@ INTERFUSE_INLINE bool any_nan(Vec v, int n) {
 #endif
 }
 
+INTERFUSE_INLINE void store_bytes(uint8_t* to, IVec v, int64_t n) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+#if defined(__AVX512F__)
+  const Bytes bytes = (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v);
+#else
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+#endif
+  if (n >= kLanes) memcpy(to, &bytes, kLanes);
+  else memcpy(to, &bytes, static_cast<size_t>(n));
+}
+
+// ---- a vector of tiles to its outputs ------------------------------------------------------------------------------
+//
+// Target is the layout: call, t (TileFinish), run (the tile, or the row of tiles, under the vector), and
+//   store_values(tensor, size, per, d, h, v): v holds row (d, h) of a tile's `per` elements, for a tensor of `size`
+//   store_index(per, d, h, v): the same for the index
+
+template <class Target>
+INTERFUSE_INLINE void finish_plain(const Target& target, int64_t d, const Vec* z, Vec bias) {
+  const Triple per{target.call.plan.depth_tile, kTile, kTile};
+  for (int h = 0; h < kTile; ++h) {
+    Vec before[kTile], after[kTile];
+    for (int w = 0; w < kTile; ++w) before[w] = z[h * kTile + w] + bias, after[w] = activate_tile(target.t.f, before[w]);
+    target.store_values(target.call.a.y, target.call.p.out, per, d, h, after);
+    if (target.t.pre) target.store_values(target.call.a.pre, target.call.p.out, per, d, h, before);
+  }
+}
+
+template <bool Index, class Target>
+INTERFUSE_INLINE void finish_max2x2(const Target& target, int64_t d, const Winner* best, Vec bias) {
+  const Triple per{target.call.plan.depth_tile / target.call.p.window.d, kTile / 2, kTile / 2};
+  for (int h = 0; h < kTile / 2; ++h) {
+    Vec value[2];
+    IVec place[2];
+    for (int w = 0; w < 2; ++w) {
+      value[w] = activate_tile(target.t.f, best[h * 2 + w].value + bias);
+      if constexpr (Index) place[w] = index_of(target.t, value[w], best[h * 2 + w].place);
+    }
+    target.store_values(target.call.a.y, target.call.p.out, per, d, h, value);
+    if constexpr (Index) target.store_index(per, d, h, place);
+  }
+}
+
+template <class Target>
+__attribute__((noinline)) void finish_any(const Target& target, const Vec* z, Vec bias) {
+  const ConvPool& p = target.call.p;
+  const int depth = target.call.plan.depth_tile;
+  const Triple per{depth / p.window.d, kTile / p.window.h, kTile / p.window.w}, whole{depth, kTile, kTile};
+  const TileRun& run = target.run;
+  // A tile that hangs over the end is alone in its vector.
+  const Triple limit{least(depth, p.conv.d - run.d * depth), least(kTile, p.conv.h - run.h * kTile),
+                     run.count > 1 ? kTile : least(kTile, p.conv.w - run.w * kTile)};
+  Vec pooled[kPlane * 2], winner[kPlane * 2];
+  IVec place[kPlane * 2];
+  pool_any(target.t, depth, limit, z, bias, pooled, place, winner);
+  for (int64_t d = 0; d < per.d; ++d)
+    for (int64_t h = 0; h < per.h; ++h) {
+      const int64_t at = (d * per.h + h) * per.w;
+      target.store_values(target.call.a.y, p.out, per, d, h, pooled + at);
+      if (target.t.index) target.store_index(per, d, h, place + at);
+      if (target.t.pre && target.t.maximum) target.store_values(target.call.a.pre, p.out, per, d, h, winner + at);
+    }
+  if (!target.t.pre || target.t.maximum) return;
+  for (int64_t d = 0; d < depth; ++d)
+    for (int64_t h = 0; h < kTile; ++h) {
+      Vec values[kTile];
+      for (int w = 0; w < kTile; ++w) {
+        const Vec value = z[(d * kTile + h) * kTile + w] + bias;
+        values[w] = p.needs_preactivation() ? value : activate_tile(target.t.f, value);
+      }
+      target.store_values(target.call.a.pre, p.conv, whole, d, h, values);
+    }
+}
+
+// 36 points of one slice to its 16 results; adds to the check for values that are not finite.
+template <class Source>
+INTERFUSE_INLINE Vec results_of_slice(Source&& source, Vec* z, Vec check) {
+  Vec columns[kTile][kTileIn];
+  unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
+    Vec t[kTileIn], y[kTile];
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { t[r] = source(r * kTileIn + v); });
+    Winograd4::output(t, y);
+    unrolled<kTile>([&](int r) __attribute__((always_inline)) { columns[r][v] = y[r]; });
+  });
+  unrolled<kTile>([&](int r) __attribute__((always_inline)) {
+    Winograd4::output(columns[r], z + r * kTile);
+    unrolled<kTile>([&](int v) __attribute__((always_inline)) { check = finite_check(z[r * kTile + v], check); });
+  });
+  return check;
+}
+
+// product points to the first point's vector; the planes of the points are `plane` floats apart.
+template <class Axis, Finish Kind, bool Index, class Target>
+INTERFUSE_INLINE Vec finish_vector(const Target& target, const float* product, int64_t plane, Vec bias, Vec check) {
+  constexpr int depth = Axis::outputs;
+  Vec slices[depth > 1 ? depth : 1][kPlane];
+  if constexpr (depth > 1)
+    for (int i = 0; i < kPlane; ++i) {
+      Vec t[Axis::points], y[depth];
+      unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { t[s] = load(product + (s * kPlane + i) * plane); });
+      Axis::output(t, y);
+      unrolled<depth>([&](int s) __attribute__((always_inline)) { slices[s][i] = y[s]; });
+    }
+  const auto results = [&](int s, Vec* z) __attribute__((always_inline)) {
+    check = results_of_slice([&](int i) __attribute__((always_inline)) { return depth > 1 ? slices[s][i] : load(product + i * plane); },
+                             z, check);
+  };
+  if constexpr (Kind == Finish::any) {
+    Vec z[depth * kTile * kTile];
+    for (int s = 0; s < depth; ++s) results(s, z + s * kTile * kTile);
+    finish_any(target, z, bias);
+  } else if constexpr (Kind == Finish::plain) {
+    for (int s = 0; s < depth; ++s) {
+      Vec z[kTile * kTile];
+      results(s, z);
+      finish_plain(target, s, z, bias);
+    }
+  } else {
+    Winner best[depth][4];
+    for (int s = 0; s < depth; ++s) {
+      Vec z[kTile * kTile];
+      results(s, z);
+      max2x2<Index>(z, best[s]);
+    }
+    if (depth > 1 && target.call.p.window.d == 2) {
+      for (int s = 0; s + 1 < depth; s += 2) {
+        for (int i = 0; i < 4; ++i) best[s][i] = better<Index>(best[s][i], best[s + 1][i], 4);
+        finish_max2x2<Index>(target, s / 2, best[s], bias);
+      }
+    } else {
+      for (int s = 0; s < depth; ++s) finish_max2x2<Index>(target, s, best[s], bias);
+    }
+  }
+  return check;
+}
+
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -211,160 +211,35 @@ INTERFUSE_INLINE void store_row(T* to, Vec* v, int count, int64_t n) {
   }
 }
 INTERFUSE_INLINE void store_index_row(uint8_t* to, IVec* v, int count, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   interleave(v, count);
-  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) {
-    const Bytes bytes = __builtin_convertvector(v[i], Bytes);
-    memcpy(to + i * kLanes, &bytes, static_cast<size_t>(least(n, kLanes)));
-  }
+  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) store_bytes(to + i * kLanes, v[i], least(n, kLanes));
 }
 
 // One filter's outputs under a run of tiles.
 template <class T>
 struct RowTarget {
-  const ConvPool& p;
-  const WinogradPlan& plan;
-  const ConvPoolForward& a;
+  const WinogradCall& call;
   const TileFinish& t;
   const TileRun& run;
   int64_t filter;  // among all groups
 
-  // The place of row (d, h) of `size`, whose tiles hold `per` elements each, counted in the tile; and how many
-  // elements of it the run has. No elements: the row is outside.
-  INTERFUSE_INLINE int64_t row(const Triple& size, const Triple& per, int64_t d, int64_t h, int64_t* n) const {
+  // The place of the run's part of row (d, h), and how many elements of it there are; none where it is outside.
+  INTERFUSE_INLINE int64_t place(const Triple& size, const Triple& per, int64_t d, int64_t h, int64_t* n) const {
     const int64_t at_d = run.d * per.d + d, at_h = run.h * per.h + h, at_w = run.w * per.w;
     *n = at_d < size.d && at_h < size.h ? least(run.count * per.w, size.w - at_w) : 0;
-    return (((run.n * p.out_channels + filter) * size.d + at_d) * size.h + at_h) * size.w + at_w;
+    return (((run.n * call.p.out_channels + filter) * size.d + at_d) * size.h + at_h) * size.w + at_w;
   }
   INTERFUSE_INLINE void store_values(void* to, const Triple& size, const Triple& per, int64_t d, int64_t h, Vec* v) const {
     int64_t n;
-    const int64_t at = row(size, per, d, h, &n);
+    const int64_t at = place(size, per, d, h, &n);
     store_row(static_cast<T*>(to) + at, v, static_cast<int>(per.w), n);
   }
   INTERFUSE_INLINE void store_index(const Triple& per, int64_t d, int64_t h, IVec* v) const {
     int64_t n;
-    const int64_t at = row(p.out, per, d, h, &n);
-    store_index_row(a.index + at, v, static_cast<int>(per.w), n);
+    const int64_t at = place(call.p.out, per, d, h, &n);
+    store_index_row(call.a.index + at, v, static_cast<int>(per.w), n);
   }
 };
-
-template <class T>
-INTERFUSE_INLINE void finish_plain(const RowTarget<T>& target, int64_t d, const Vec* z, Vec bias) {
-  const Triple per{target.plan.depth_tile, kTile, kTile};
-  for (int h = 0; h < kTile; ++h) {
-    Vec before[kTile], after[kTile];
-    for (int w = 0; w < kTile; ++w) before[w] = z[h * kTile + w] + bias, after[w] = activate_tile(target.t.f, before[w]);
-    target.store_values(target.a.y, target.p.out, per, d, h, after);
-    if (target.t.pre) target.store_values(target.a.pre, target.p.out, per, d, h, before);
-  }
-}
-
-template <bool Index, class T>
-INTERFUSE_INLINE void finish_max2x2(const RowTarget<T>& target, int64_t d, const Winner* best, Vec bias) {
-  const Triple per{target.plan.depth_tile / target.p.window.d, kTile / 2, kTile / 2};
-  for (int h = 0; h < kTile / 2; ++h) {
-    Vec value[2];
-    IVec place[2];
-    for (int w = 0; w < 2; ++w) {
-      value[w] = activate_tile(target.t.f, best[h * 2 + w].value + bias);
-      if constexpr (Index) place[w] = index_of(target.t, value[w], best[h * 2 + w].place);
-    }
-    target.store_values(target.a.y, target.p.out, per, d, h, value);
-    if constexpr (Index) target.store_index(per, d, h, place);
-  }
-}
-
-template <class T>
-__attribute__((noinline)) void finish_any(const RowTarget<T>& target, const Vec* z, Vec bias) {
-  const ConvPool& p = target.p;
-  const TileRun& run = target.run;
-  const int depth = target.plan.depth_tile;
-  const Triple per{depth / p.window.d, kTile / p.window.h, kTile / p.window.w}, whole{depth, kTile, kTile};
-  // cut() has put a tile that hangs over the end into a run of its own.
-  const Triple limit{least(depth, p.conv.d - run.d * depth), least(kTile, p.conv.h - run.h * kTile),
-                     run.count > 1 ? kTile : least(kTile, p.conv.w - run.w * kTile)};
-  Vec pooled[kPlane * 2], winner[kPlane * 2];
-  IVec place[kPlane * 2];
-  pool_any(target.t, depth, limit, z, bias, pooled, place, winner);
-  for (int64_t d = 0; d < per.d; ++d)
-    for (int64_t h = 0; h < per.h; ++h) {
-      const int64_t at = (d * per.h + h) * per.w;
-      target.store_values(target.a.y, p.out, per, d, h, pooled + at);
-      if (target.t.index) target.store_index(per, d, h, place + at);
-      if (target.t.pre && target.t.maximum) target.store_values(target.a.pre, p.out, per, d, h, winner + at);
-    }
-  if (!target.t.pre || target.t.maximum) return;
-  for (int64_t d = 0; d < depth; ++d)
-    for (int64_t h = 0; h < kTile; ++h) {
-      Vec values[kTile];
-      for (int w = 0; w < kTile; ++w) {
-        const Vec value = z[(d * kTile + h) * kTile + w] + bias;
-        values[w] = p.needs_preactivation() ? value : activate_tile(target.t.f, value);
-      }
-      target.store_values(target.a.pre, p.conv, whole, d, h, values);
-    }
-}
-
-// 36 points of one slice to its 16 results; adds to the check for values that are not finite.
-template <class Source>
-INTERFUSE_INLINE Vec results_of_slice(Source&& source, Vec* z, Vec check) {
-  Vec columns[kTile][kTileIn];
-  unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
-    Vec t[kTileIn], y[kTile];
-    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { t[r] = source(r * kTileIn + v); });
-    Winograd4::output(t, y);
-    unrolled<kTile>([&](int r) __attribute__((always_inline)) { columns[r][v] = y[r]; });
-  });
-  unrolled<kTile>([&](int r) __attribute__((always_inline)) {
-    Winograd4::output(columns[r], z + r * kTile);
-    unrolled<kTile>([&](int v) __attribute__((always_inline)) { check = finite_check(z[r * kTile + v], check); });
-  });
-  return check;
-}
-
-template <class Axis, class T, Finish Kind, bool Index>
-INTERFUSE_INLINE Vec finish_run(const RowTarget<T>& target, const float* product, int64_t plane, Vec bias, Vec check) {
-  constexpr int depth = Axis::outputs;
-  Vec slices[depth > 1 ? depth : 1][kPlane];
-  if constexpr (depth > 1)
-    for (int i = 0; i < kPlane; ++i) {
-      Vec t[Axis::points], y[depth];
-      unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { t[s] = load(product + (s * kPlane + i) * plane); });
-      Axis::output(t, y);
-      unrolled<depth>([&](int s) __attribute__((always_inline)) { slices[s][i] = y[s]; });
-    }
-  const auto results = [&](int s, Vec* z) __attribute__((always_inline)) {
-    check = results_of_slice([&](int i) __attribute__((always_inline)) { return depth > 1 ? slices[s][i] : load(product + i * plane); },
-                             z, check);
-  };
-  if constexpr (Kind == Finish::any) {
-    Vec z[depth * kTile * kTile];
-    for (int s = 0; s < depth; ++s) results(s, z + s * kTile * kTile);
-    finish_any(target, z, bias);
-  } else if constexpr (Kind == Finish::plain) {
-    for (int s = 0; s < depth; ++s) {
-      Vec z[kTile * kTile];
-      results(s, z);
-      finish_plain(target, s, z, bias);
-    }
-  } else {
-    Winner best[depth][4];
-    for (int s = 0; s < depth; ++s) {
-      Vec z[kTile * kTile];
-      results(s, z);
-      max2x2<Index>(z, best[s]);
-    }
-    if (depth > 1 && target.p.window.d == 2) {
-      for (int s = 0; s + 1 < depth; s += 2) {
-        for (int i = 0; i < 4; ++i) best[s][i] = better<Index>(best[s][i], best[s + 1][i], 4);
-        finish_max2x2<Index>(target, s / 2, best[s], bias);
-      }
-    } else {
-      for (int s = 0; s < depth; ++s) finish_max2x2<Index>(target, s, best[s], bias);
-    }
-  }
-  return check;
-}
 
 template <class Axis, class T, Finish Kind, bool Index>
 void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun* runs, int cuts, int64_t filter, int64_t filters,
@@ -374,13 +249,13 @@ void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun
   for (int64_t k = 0; k < filters; ++k) {
     const Vec bias = splat(call.a.bias ? to_float(static_cast<const T*>(call.a.bias)[filter + k]) : 0.f);
     for (int i = 0; i < cuts; ++i) {
-      const RowTarget<T> target{call.p, call.plan, call.a, t, runs[i], filter + k};
-      checks[i] = finish_run<Axis, T, Kind, Index>(target, product + k * call.plan.product_row + runs[i].at, call.plan.product_plane,
+      const RowTarget<T> target{call, t, runs[i], filter + k};
+      checks[i] = finish_vector<Axis, Kind, Index>(target, product + k * call.plan.product_row + runs[i].at, call.plan.product_plane,
                                                    bias, checks[i]);
     }
   }
   for (int i = 0; i < cuts; ++i)
-    if (any_nan(checks[i], runs[i].count)) __atomic_store_n(&call.broken[runs[i].n], uint8_t(1), __ATOMIC_RELAXED);
+    if (any_nan(checks[i], runs[i].count)) call.mark_broken(runs[i].n);
 }
 
 template <class Axis, class T>
