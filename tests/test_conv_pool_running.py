@@ -109,7 +109,7 @@ def test_every_instruction_set(isa: str) -> None:
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                "-m", "not slow and not gpu",
-               tests / "test_conv_pool_forward.py", tests / "test_conv_pool_backward.py",
+               tests / "test_conv_pool.py", tests / "test_conv_pool_backward.py",
                tests / "test_conv_pool_memory.py", "-k",
                "named_cases or exact or any_strides or nothing_outside or forced"]  # fmt: skip
     environment = {**os.environ, "INTERFUSE_ISA": isa}
