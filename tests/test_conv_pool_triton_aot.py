@@ -37,7 +37,7 @@ def test_nothing_spills(compiled: dict[str, dict[str, int]], row: str) -> None:
     products = any(name in row for name in conv_pool_aot.PRODUCTS)
     on_vector_units = "float32 ieee" in row or not products
     if "float32 ieee" in row and "sm_100" in row and triton.__version__.startswith("3.7."):
-        return  # see docs/gpu-notes.md: that compiler puts two of these on Blackwell's matrix unit all the same
+        return  # docs/gpu-notes.md: that compiler puts two of these on Blackwell's matrix unit
     assert (used["matrix"] == 0) == on_vector_units
 
 
