@@ -14,8 +14,8 @@ from interfuse.kernels.launch import interpreting, on_device_of
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from interfuse.ops.conv_pool_checks import check
-from interfuse.ops.conv_pool_problem import empty_gradients, empty_outputs
+from interfuse.ops._conv_pool_checks import check
+from interfuse.ops._conv_pool_problem import empty_gradients, empty_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from interfuse.kernels.launch import Tile
     from torch import Tensor
 
-    from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem
+    from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem
 
 # Oldest GPU generation with the asynchronous copies and bfloat16 units that the tiles are sized for.
 OLDEST_CAPABILITY = (8, 0)

@@ -14,14 +14,14 @@ from interfuse.kernels import conv_pool_kernels as kernels
 from interfuse.kernels.launch import Launch, Tile, allows_tf32, interpreting, multiprocessors, reach
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops.conv_pool_problem import memory_format
+from interfuse.ops._conv_pool_problem import memory_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem
+    from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem
 
 # Below this many channels per group, (channel, tap) is one reduction index: a matrix unit takes 16 at a time.
 FEW_CHANNELS = 16

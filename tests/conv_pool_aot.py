@@ -20,8 +20,8 @@ from aot import resources
 from interfuse.cases.conv_pool import CASES
 from interfuse.kernels import conv_pool_launches as plan
 
-from interfuse.ops.conv_pool_checks import Options, check, resolve
-from interfuse.ops.conv_pool_problem import empty_gradients, empty_outputs
+from interfuse.ops._conv_pool_checks import Options, check, resolve
+from interfuse.ops._conv_pool_problem import empty_gradients, empty_outputs
 
 if TYPE_CHECKING:
     from interfuse.kernels.launch import Launch

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from interfuse.ops.conv_pool_checks import Options, resolve
+from interfuse.ops._conv_pool_checks import Options, resolve
 
 if TYPE_CHECKING:
     from cases.conv_pool import Case
     from torch import Tensor
 
-    from interfuse.ops.conv_pool_problem import ConvPoolParams
+    from interfuse.ops._conv_pool_problem import ConvPoolParams
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -12,7 +12,7 @@ from cases.conv_pool import EDGES, FURTHER, Case
 
 import interfuse
 from interfuse.ops import conv_pool
-from interfuse.ops.conv_pool_checks import check
+from interfuse.ops._conv_pool_checks import check
 from interfuse.reference import conv_pool as reference
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("poisoned_outputs")]

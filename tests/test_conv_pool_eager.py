@@ -13,7 +13,7 @@ from cases.conv_pool import EDGES
 import interfuse
 from interfuse.bounded_cache import BoundedCache
 from interfuse.nn import ConvPool2d
-from interfuse.ops import conv_pool, conv_pool_checks, conv_pool_eager, conv_pool_native
+from interfuse.ops import _conv_pool_checks, _conv_pool_eager, _conv_pool_native, conv_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,14 +41,14 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """For each call of conv_pool, whether it took the short way."""
     taken: list[bool] = []
-    run = conv_pool_eager.run
+    run = _conv_pool_eager.run
 
     def noted(*arguments: Any) -> Tensor | None:
         y = run(*arguments)
         taken.append(y is not None)
         return y
 
-    monkeypatch.setattr(conv_pool_eager, "run", noted)
+    monkeypatch.setattr(_conv_pool_eager, "run", noted)
     return taken
 
 
@@ -158,9 +158,9 @@ def test_the_precision_is_part_of_the_key() -> None:
 
 def test_every_cache_keyed_by_shape_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = {
-        (conv_pool_eager, "_plans"): 5,
-        (conv_pool_checks, "_problems"): 6,
-        (conv_pool_native, "_descs"): 7,
+        (_conv_pool_eager, "_plans"): 5,
+        (_conv_pool_checks, "_problems"): 6,
+        (_conv_pool_native, "_descs"): 7,
     }
     for (module, name), capacity in caches.items():
         assert isinstance(getattr(module, name), BoundedCache)

@@ -9,9 +9,9 @@ import torch
 from cases.conv_pool import EDGES, Case
 
 from interfuse import _native
-from interfuse.ops import conv_pool_native as native
-from interfuse.ops.conv_pool_checks import check
-from interfuse.ops.conv_pool_problem import ConvPoolProblem, empty_gradients, empty_outputs, memory_format
+from interfuse.ops import _conv_pool_native as native
+from interfuse.ops._conv_pool_checks import check
+from interfuse.ops._conv_pool_problem import ConvPoolProblem, empty_gradients, empty_outputs, memory_format
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import interfuse
 from interfuse.ops import conv_pool
-from interfuse.ops.conv_pool_problem import ACTIVATIONS, pooled_size
+from interfuse.ops._conv_pool_problem import ACTIVATIONS, pooled_size
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from interfuse.ops import conv_pool
-from interfuse.ops.conv_pool_checks import Options, check, resolve
+from interfuse.ops._conv_pool_checks import Options, check, resolve
 from interfuse.reference import conv_pool as reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem
+    from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

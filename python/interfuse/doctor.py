@@ -54,8 +54,8 @@ def native() -> dict[str, Any]:
 
 def backends() -> dict[str, list[dict[str, str | None]]]:
     """For each op and device every implementation of its table, with None or why it cannot run here."""
+    from interfuse.ops._conv_pool_checks import Options, check, resolve
     from interfuse.ops.conv_pool import IMPLEMENTATIONS
-    from interfuse.ops.conv_pool_checks import Options, check, resolve
 
     options = Options(1, 0, 1, 1, "zeros", "relu", 0.01, "max", 2, None, 0, False, True, None)
     parameters = resolve((3, 3), options, interfuse.get_precision())

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from interfuse.ops import conv_pool_eager as eager
+from interfuse.ops import _conv_pool_eager as eager
+from interfuse.ops._conv_pool_checks import IntOrInts, Options, as_ints, fail
+from interfuse.ops._conv_pool_problem import ACTIVATIONS, POOLS
 from interfuse.ops.conv_pool import run_op
-from interfuse.ops.conv_pool_checks import IntOrInts, Options, as_ints, fail
-from interfuse.ops.conv_pool_problem import ACTIVATIONS, POOLS
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,8 +1,8 @@
 """conv_pool: convolution, bias, activation and pooling as one op.
 
 From top to bottom: the public function, the table of implementations, the registered ops and their fake
-kernels. Autograd and vmap stand in conv_pool_transforms.py, errors in conv_pool_checks.py, the
-short way of eager inference in conv_pool_eager.py.
+kernels. Autograd and vmap stand in _conv_pool_transforms.py, errors in _conv_pool_checks.py, the
+short way of eager inference in _conv_pool_eager.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from interfuse import numerics
 from interfuse.dispatch import Implementation, choose
-from interfuse.ops import conv_pool_eager as eager
-from interfuse.ops import conv_pool_native as native
-from interfuse.ops import conv_pool_transforms as transforms
-from interfuse.ops import conv_pool_triton as triton
-from interfuse.ops.conv_pool_checks import (
+from interfuse.ops import _conv_pool_eager as eager
+from interfuse.ops import _conv_pool_native as native
+from interfuse.ops import _conv_pool_transforms as transforms
+from interfuse.ops import _conv_pool_triton as triton
+from interfuse.ops._conv_pool_checks import (
     IntOrInts,
     Options,
     check,
@@ -31,7 +31,7 @@ from interfuse.ops.conv_pool_checks import (
     op_problem,
     resolve,
 )
-from interfuse.ops.conv_pool_problem import ConvPoolParams, Three, empty_gradients, empty_outputs
+from interfuse.ops._conv_pool_problem import ConvPoolParams, Three, empty_gradients, empty_outputs
 from interfuse.reference import conv_pool as reference
 
 # In order of preference; the reference runs everything.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interfuse.ops.conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
+from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

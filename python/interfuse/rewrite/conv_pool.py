@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from interfuse.dispatch import choose, refusals
 from interfuse.numerics import get_precision
-from interfuse.ops import conv_pool_native as native
+from interfuse.ops import _conv_pool_native as native
+from interfuse.ops._conv_pool_checks import DTYPES, Options, check, resolve
 from interfuse.ops.conv_pool import IMPLEMENTATIONS, conv_pool, pad_by_mode
-from interfuse.ops.conv_pool_checks import DTYPES, Options, check, resolve
 from interfuse.rewrite.known import (
     CONVOLUTIONS,
     FORWARDS,

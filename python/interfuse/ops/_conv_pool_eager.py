@@ -17,14 +17,14 @@ from torch.nn import Parameter
 from interfuse import numerics
 from interfuse._native import ConvPoolDesc, conv_pool_forward
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops import conv_pool_native as native
-from interfuse.ops.conv_pool_checks import Options, check, check_batched, resolve
-from interfuse.ops.conv_pool_problem import ConvPoolProblem, Three, empty_outputs
-from interfuse.ops.conv_pool_transforms import Forward, backward_op
+from interfuse.ops import _conv_pool_native as native
+from interfuse.ops._conv_pool_checks import Options, check, check_batched, resolve
+from interfuse.ops._conv_pool_problem import ConvPoolProblem, Three, empty_outputs
+from interfuse.ops._conv_pool_transforms import Forward, backward_op
 from interfuse.torch_state import apply, is_plain_eager
 
 if TYPE_CHECKING:
-    from interfuse.ops.conv_pool_transforms import Saved
+    from interfuse.ops._conv_pool_transforms import Saved
 
 _grad_enabled = torch.is_grad_enabled
 _threads = torch.get_num_threads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops.conv_pool_problem import (
+from interfuse.ops._conv_pool_problem import (
     ConvPoolProblem,
     Three,
     empty_gradients,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interfuse.ops.conv_pool_checks import op_params
+from interfuse.ops._conv_pool_checks import op_params
 from interfuse.reference import conv_pool as reference
 from interfuse.torch_state import (
     SingleLevelFunction,
@@ -21,8 +21,8 @@ from interfuse.torch_state import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from interfuse.ops.conv_pool_eager import Direct
-    from interfuse.ops.conv_pool_problem import ConvPoolParams, Three
+    from interfuse.ops._conv_pool_eager import Direct
+    from interfuse.ops._conv_pool_problem import ConvPoolParams, Three
 
     Saved = tuple[
         Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from interfuse.ops.conv_pool_problem import ConvPoolProblem, fused_why_not
+from interfuse.ops._conv_pool_problem import ConvPoolProblem, fused_why_not
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

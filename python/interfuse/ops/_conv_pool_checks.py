@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops.conv_pool_problem import (
+from interfuse.ops._conv_pool_problem import (
     ACTIVATIONS,
     PARAM_NAMES,
     POOLS,
