@@ -94,7 +94,8 @@ class RnnProblem:
 def empty_outputs(problem: RnnProblem, reserve_row: int) -> Four:
     """Unwritten (y, hn, cn, reserve) as the op returns them.
 
-    cn is (0,) but for the LSTM, and reserve where nothing is saved. The reserve is (batch * steps, reserve_row): what it holds is its implementation's own business.
+    cn is (0,) but for the LSTM, and reserve where nothing is saved. The reserve is (batch * steps,
+    reserve_row): what it holds is its implementation's own business.
     """
     p = problem
 
