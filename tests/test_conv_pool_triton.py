@@ -1,23 +1,18 @@
 """conv_pool's Triton kernels against the float64 reference.
 
-One set of tests, run in two ways. Compiled, on a CUDA device: `pytest -m gpu`. Interpreted, on every machine:
-`test_the_interpreter_agrees` runs this file again in a process of its own with TRITON_INTERPRET=1, which has
-to be set before triton is imported. Sizes are tiny because the interpreter takes milliseconds an operation.
+Compiled on a GPU, interpreted everywhere (triton_runs.py). Sizes are tiny because the interpreter takes
+milliseconds an operation.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from triton_runs import DEVICE, INTERPRETED, by_host, on_device, run_interpreted
 
 from interfuse.ops import conv_pool
 from interfuse.ops._conv_pool_checks import Options, check, resolve
@@ -27,9 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Relative Frobenius error against float64. float32 sums at most some hundred products here: a few
 # units of 2**-24. The shorter types round what they store once (2**-9, 2**-12), and their saved values and
@@ -111,21 +103,6 @@ CASES = {
     ),
     "no-images": Case((0, 4, 9, 9), (5, 4, 3, 3), BLOCK),
 }  # fmt: skip
-
-
-def on_device(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of kernels that run: interpreted here, or compiled under the marker gpu."""
-    if INTERPRETED:
-        return test
-    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device.")
-    return pytest.mark.gpu(missing(test))
-
-
-def by_host(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that needs triton, but runs no kernel."""
-    return pytest.mark.skipif(INTERPRETED, reason="The compiler is not there when kernels are interpreted.")(
-        test
-    )
 
 
 @pytest.fixture
@@ -448,16 +425,7 @@ def test_launches_on_the_current_stream_of_the_tensors_device(kernels: Any) -> N
 @by_host
 @pytest.mark.slow
 def test_the_interpreter_agrees() -> None:
-    # Earlier interpreters turn arrays of one element into loop bounds, which NumPy forbids since 2.5.
-    pytest.importorskip("triton", minversion="3.9")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    flags = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
-    command = [sys.executable, "-m", "pytest", *flags, str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert passed is not None
-    assert int(passed[1]) > len(CASES) + 20, done.stdout[-500:]
+    run_interpreted(__file__, at_least=len(CASES) + 20)
 
 
 def problem_on(device: str, dtype: torch.dtype = torch.float32) -> ConvPoolProblem:
