@@ -26,7 +26,7 @@ class Settings:
     patience: int = 3  # how often a figure is taken again while others use the machine
     training: bool = True
     kept_heap: bool = True  # time torch's providers a second time with a malloc that keeps its memory
-    providers: tuple[str, ...] = tuple(peers.PROVIDERS)
+    providers: tuple[str, ...] = ("interfuse", "eager")  # those of the op's PROVIDERS that are wanted
 
     def specs(self, op: str, case: str) -> list[workers.Spec]:
         """One worker for each provider, and a second one where malloc's habit may be what is measured."""

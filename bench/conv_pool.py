@@ -44,6 +44,12 @@ ONNX_ACTIVATIONS = {
 }
 CHANNELS_LAST = {1: None, 2: torch.channels_last, 3: torch.channels_last_3d}
 
+# Of bench/peers.py, those that can run this op.
+PROVIDERS = (
+    "interfuse", "interfuse_channels_last", "interfuse_highest", "eager", "channels_last", "compile",
+    "compile_channels_last", "compile_frozen", "onnxruntime", "openvino",
+)  # fmt: skip
+
 
 def names(further: bool, quick: bool) -> list[str]:
     wanted = ("bar", "further") if further else ("bar",)
@@ -69,6 +75,9 @@ def workload(name: str) -> ConvPoolWorkload:
 class ConvPoolWorkload:
     """One case as plain torch, as interfuse's module, and as an ONNX graph."""
 
+    gradients = ("input", "weight", "bias")
+    mask = None
+
     def __init__(self, case: Case) -> None:
         self.case = case
         self.name = case.name
@@ -85,6 +94,9 @@ class ConvPoolWorkload:
         self.pool_size = spread(given.get("pool_size", 2), self.spatial)
         self.pool_stride = spread(given.get("pool_stride") or self.pool_size, self.spatial)
         self.pool_padding = spread(given.get("pool_padding", 0), self.spatial)
+
+    def why_not(self, provider: str) -> str | None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         plan = self.native_plan()

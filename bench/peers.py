@@ -32,8 +32,11 @@ class Workload(Protocol):
 
     name: str
     dtype: torch.dtype
-    channels_last: torch.memory_format | None  # None where torch has no such format for these dimensions
+    channels_last: torch.memory_format | None  # None where torch has no such format for these inputs
+    gradients: Sequence[str]  # names of what `Built.train` returns first
+    mask: Tensor | None  # what of the output counts, where that is not all of it
 
+    def why_not(self, provider: str) -> str | None: ...
     def describe(self) -> dict[str, Any]: ...
     def cost(self, training: bool) -> Cost: ...
     def module(self) -> nn.Module: ...
@@ -64,6 +67,7 @@ class Provider:
     trains: bool = True
     layout: str = "contiguous"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    weights: torch.dtype | None = None  # where they are coarser than the case's dtype
     needs: tuple[str, ...] = ()
 
     def why_not(self, workload: Workload) -> str | None:
@@ -71,25 +75,29 @@ class Provider:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed here; `pip install 'interfuse[bench]'` brings it."
         if self.layout == "channels_last" and workload.channels_last is None:
-            return "torch has no channels_last format for one spatial dimension."
+            return "torch has no channels_last format for these inputs."
         if workload.dtype not in self.dtypes:
-            return f"{self.name} has no {str(workload.dtype).removeprefix('torch.')} convolution on the CPU."
-        return None
+            return f"{self.name} does not run this in {str(workload.dtype).removeprefix('torch.')} on the CPU."
+        return workload.why_not(self.name)
 
 
-def torch_built(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> Built:
-    params = list(module.parameters())
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def torch_built(workload: Workload, module: nn.Module, inputs: Sequence[Tensor]) -> Built:
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    wanted = [*(leaf for leaf in leaves if leaf.requires_grad), *module.parameters()]
     with torch.no_grad():
         # The gradient that comes back has the layout of the output, as it would from a layer behind this one.
         y = module(*inputs)
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grad_y = torch.empty_like(y).copy_(grad)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(workload.dtype)
+        grad_y = torch.empty_like(y).copy_(masked(workload, grad))
 
     def train() -> Sequence[Tensor]:
-        return torch.autograd.grad(module(*leaves), [*leaves, *params], grad_y)
+        return torch.autograd.grad(module(*leaves), wanted, grad_y)
 
-    return Built(infer=lambda: module(*inputs), train=train)
+    return Built(infer=lambda: module(*inputs), tensor=lambda y: masked(workload, y), train=train)
+
+
+def masked(workload: Workload, y: Tensor) -> Tensor:
+    return y if workload.mask is None else y * workload.mask
 
 
 def prepared(workload: Workload, channels_last: bool) -> tuple[nn.Module, list[Tensor]]:
@@ -101,21 +109,21 @@ def prepared(workload: Workload, channels_last: bool) -> tuple[nn.Module, list[T
 
 
 def eager(workload: Workload, threads: int) -> Built:
-    return torch_built(*prepared(workload, channels_last=False), workload.dtype)
+    return torch_built(workload, *prepared(workload, channels_last=False))
 
 
 def eager_channels_last(workload: Workload, threads: int) -> Built:
-    return torch_built(*prepared(workload, channels_last=True), workload.dtype)
+    return torch_built(workload, *prepared(workload, channels_last=True))
 
 
 def compiled(workload: Workload, threads: int) -> Built:
     module, inputs = prepared(workload, channels_last=False)
-    return torch_built(torch.compile(module, dynamic=False), inputs, workload.dtype)
+    return torch_built(workload, torch.compile(module, dynamic=False), inputs)
 
 
 def compiled_channels_last(workload: Workload, threads: int) -> Built:
     module, inputs = prepared(workload, channels_last=True)
-    return torch_built(torch.compile(module, dynamic=False), inputs, workload.dtype)
+    return torch_built(workload, torch.compile(module, dynamic=False), inputs)
 
 
 def compiled_frozen(workload: Workload, threads: int) -> Built:
@@ -132,13 +140,13 @@ def compiled_frozen(workload: Workload, threads: int) -> Built:
 
 def ours(workload: Workload, threads: int) -> Built:
     module, inputs = prepared(workload, channels_last=False)
-    return torch_built(workload.ours(module), inputs, workload.dtype)
+    return torch_built(workload, workload.ours(module), inputs)
 
 
 def ours_channels_last(workload: Workload, threads: int) -> Built:
     """Only the input is channels_last: interfuse takes weights as they are."""
     _, inputs = prepared(workload, channels_last=True)
-    return torch_built(workload.ours(workload.module()), inputs, workload.dtype)
+    return torch_built(workload, workload.ours(workload.module()), inputs)
 
 
 def ours_highest(workload: Workload, threads: int) -> Built:
@@ -224,10 +232,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def truth(workload: Workload, train: bool) -> dict[str, Any]:
     """The float64 answer from torch, which everybody's error is measured against."""
-    module, inputs = workload.module().double(), [x.double() for x in workload.inputs()]
-    built = torch_built(module, inputs, workload.dtype)
+    inputs = [x.double() if x.is_floating_point() else x for x in workload.inputs()]
+    built = torch_built(workload, workload.module().double(), inputs)
     with torch.no_grad():
-        output = built.infer()
+        output = built.tensor(built.infer())
     return {"output": output, "gradients": list(built.train()) if train and built.train else []}
 
 
@@ -280,10 +288,9 @@ class Session:
         with torch.no_grad():
             errors = {"output": relative_error(built.tensor(built.infer()), truth["output"])}
         if train and built.train is not None:
-            names = ["input", "weight", "bias"]
-            grads = zip(names, built.train(), truth["gradients"], strict=False)
+            grads = zip(self.workload.gradients, built.train(), truth["gradients"], strict=False)
             errors |= {f"grad_{name}": relative_error(grad, right) for name, grad, right in grads}
-        if not errors["output"] <= WRONG[self.workload.dtype]:
+        if not errors["output"] <= WRONG[self.provider.weights or self.workload.dtype]:
             return {"failed": f"its output is wrong: relative error {errors['output']:.1e} against float64."}
         return {"errors": errors}
 

@@ -94,7 +94,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def run_bench(arguments: argparse.Namespace) -> int:
     import importlib
 
-    from interfuse.bench import compare, peers, report, roofline
+    from interfuse.bench import compare, report, roofline
     from interfuse.terminal import Progress
 
     if arguments.quick and arguments.check:
@@ -107,7 +107,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     cases = choose(
         "case", op.names(arguments.all, arguments.quick), op.names(True, arguments.quick), arguments.case
     )
-    providers = choose("provider", list(peers.PROVIDERS), list(peers.PROVIDERS), arguments.provider)
+    providers = choose("provider", list(op.PROVIDERS), list(op.PROVIDERS), arguments.provider)
     if cases is None or providers is None:
         return 2
     settings = compare.Settings(
