@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from interfuse.rewrite.bound import Bound, RewrittenMethod, SequentialForward, bound_methods
+from interfuse.rewrite.bound import (
+    WHOLE,
+    Bound,
+    ModuleForward,
+    RewrittenMethod,
+    SequentialForward,
+    bound_methods,
+)
 from interfuse.rewrite.conv_pool import ConvPool
 from interfuse.rewrite.measure import Examples, Outcome, try_sites, whole_model
 from interfuse.rewrite.plan import Candidate, Plan, make_plan
@@ -173,7 +180,9 @@ def _bind(plan: Plan, sites: Mapping[Identity, Site]) -> None:
         owner, method = group[0].owner, group[0].method
         mine: dict[Any, Site] = {c.key: sites[c.identity] for c in group}
         lengths: dict[Any, int] = {c.key: c.match.length for c in group}
-        if isinstance(group[0].key, str):
+        if group[0].key is WHOLE:
+            ModuleForward(owner, mine[WHOLE]).bind()
+        elif isinstance(group[0].key, str):
             SequentialForward(owner, lengths, mine).bind()
         else:
             RewrittenMethod(owner, method, lengths, mine).bind()

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from interfuse.rewrite.site import Site
 
 
+WHOLE = None  # the key of a site that is a module's whole forward
+
+
 class Bound:
-    """What two kinds of bound method share: an owner, the name they stand under, and their sites."""
+    """What three kinds of bound method share: an owner, the name they stand under, and their sites."""
 
     owner: nn.Module
     method: str
@@ -74,6 +77,22 @@ class SequentialForward(Bound):
                 input = site([(link, (), {}) for _, link in children[at:end]], input)  # noqa: A001
                 at = end
         return input
+
+
+class ModuleForward(Bound):
+    """A module's own forward as one site: an op computes all of it."""
+
+    def __init__(self, owner: nn.Module, site: Site):
+        self.owner = owner
+        self.method = "forward"
+        self.lengths = {WHOLE: 1}
+        self.sites = {WHOLE: site}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = self.__wrapped__
+        if not args:
+            return plain(**kwargs)
+        return self.sites[WHOLE]([(plain, args[1:], kwargs)], args[0])
 
 
 class RewrittenMethod(Bound):

@@ -74,6 +74,7 @@ class ConvPool:
     """conv_pool's part in optimize()."""
 
     op = "conv_pool"
+    whole = False
 
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
@@ -169,6 +170,9 @@ class ConvPool:
 
     def run(self, call: Call) -> Tensor:
         return conv_pool(*call.tensors, **call.settings)
+
+    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
+        return links, call
 
     def describe(self, call: Call) -> Seen:
         x = call.tensors[0]

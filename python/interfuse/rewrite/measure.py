@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from interfuse.rewrite.site import Call, LiveLink, Site, run_plainly, wants_gradient
@@ -96,9 +97,10 @@ class TrySite:
             outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
         if call is None or outcome.refusal:
             return run_plainly(links, value)
-        outcome.refusal = self._differs(site, links, call, outcome)
+        calm_links, call = site.pattern.calm(links, call)
+        outcome.refusal = self._differs(site, calm_links, call, outcome)
         if outcome.refusal is None:
-            self._time(site, links, call, outcome)
+            self._time(site, calm_links, call, outcome)
         return run_plainly(links, value)
 
     def _differs(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> str | None:
@@ -108,26 +110,27 @@ class TrySite:
         ]
         call = call._replace(tensors=tuple(leaves))
         double = call._replace(tensors=tuple(None if t is None else _exact_leaf(t) for t in leaves))
-        plain, fused, truth = run_plainly(links, leaves[0]), site.pattern.run(call), site.pattern.run(double)
-        if fused.shape != plain.shape or fused.dtype != plain.dtype or fused.stride() != plain.stride():
-            return (
-                f"the kernel gives {_form(fused)} where the model gives {_form(plain)}, which later code "
-                "could notice"
-            )
-        tolerance = VALUE_TOLERANCE[plain.dtype]
-        ours, theirs = relative_error(fused, truth), relative_error(plain, truth)
-        outcome.error = max(outcome.error, ours)
-        if ours > max(2 * theirs, tolerance):
-            return f"its error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
+        plain = tensors_of(run_plainly(links, call.wrap(leaves[0])))
+        fused, truth = tensors_of(site.pattern.run(call)), tensors_of(site.pattern.run(double))
+        for own, mine, exact in zip(plain, fused, truth, strict=True):
+            if mine.shape != own.shape or mine.dtype != own.dtype or mine.stride() != own.stride():
+                return (
+                    f"the kernel gives {_form(mine)} where the model gives {_form(own)}, which later code "
+                    "could notice"
+                )
+            ours, theirs = relative_error(mine, exact), relative_error(own, exact)
+            outcome.error = max(outcome.error, ours)
+            if ours > max(2 * theirs, VALUE_TOLERANCE[own.dtype]):
+                return f"its error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
         wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
         if not wanted or not torch.is_grad_enabled():
             return None
-        grad = torch.randn_like(plain)
-        tolerance = GRADIENT_TOLERANCE[plain.dtype]
+        grads = [torch.randn_like(t) for t in plain]
+        tolerance = GRADIENT_TOLERANCE[plain[0].dtype]
         for mine, own, exact in zip(
-            _gradients(fused, leaves, wanted, grad),
-            _gradients(plain, leaves, wanted, grad),
-            _gradients(truth, double.tensors, wanted, grad.double()),
+            _gradients(fused, leaves, wanted, grads),
+            _gradients(plain, leaves, wanted, grads),
+            _gradients(truth, double.tensors, wanted, [grad.double() for grad in grads]),
             strict=True,
         ):
             ours, theirs = relative_error(mine, exact), relative_error(own, exact)
@@ -141,7 +144,10 @@ class TrySite:
             outcome.add(
                 "inference",
                 *in_turns(
-                    lambda: run_plainly(links, value), lambda: site.pattern.run(call), self.seconds, value
+                    lambda: run_plainly(links, call.wrap(value)),
+                    lambda: site.pattern.run(call),
+                    self.seconds,
+                    value,
                 ),
             )
         if not wants_gradient(call):
@@ -150,12 +156,16 @@ class TrySite:
             call = call._replace(tensors=(value.detach().requires_grad_(), *call.tensors[1:]))
         leaves = call.tensors
         wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
-        grad = torch.ones_like(run_plainly(links, leaves[0]))
+
+        def plain() -> Any:
+            return tensors_of(run_plainly(links, call.wrap(leaves[0])))
+
+        grads = [torch.ones_like(t) for t in plain()]
         outcome.add(
             "training",
             *in_turns(
-                lambda: _gradients(run_plainly(links, leaves[0]), leaves, wanted, grad),
-                lambda: _gradients(site.pattern.run(call), leaves, wanted, grad),
+                lambda: _gradients(plain(), leaves, wanted, grads),
+                lambda: _gradients(tensors_of(site.pattern.run(call)), leaves, wanted, grads),
                 self.seconds,
                 value,
             ),
@@ -163,13 +173,21 @@ class TrySite:
 
 
 def _exact_leaf(t: Tensor) -> Tensor:
+    if not t.is_floating_point():
+        return t
     return t.detach().double().requires_grad_(t.requires_grad)
 
 
 def _gradients(
-    y: Tensor, leaves: Sequence[Tensor | None], wanted: Sequence[int], grad: Tensor
+    ys: Sequence[Tensor], leaves: Sequence[Tensor | None], wanted: Sequence[int], grads: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    return torch.autograd.grad(y, [t for i in wanted if (t := leaves[i]) is not None], grad)
+    return torch.autograd.grad(ys, [t for i in wanted if (t := leaves[i]) is not None], grads)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a call gave, alone or in a structure."""
+    leaves = (leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in tree_leaves(output))
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _form(t: Tensor) -> str:
@@ -252,7 +270,9 @@ def whole_model(
         return examples.run(model)
 
     with undisturbed(model), torch.no_grad():
-        plain, again, fused = _floats(run(take)), _floats(run(take)), _floats(run(put))
+        plain, again, fused = (
+            [t.detach().clone() for t in tensors_of(run(switch))] for switch in (take, take, put)
+        )
         for one, two, ours in zip(plain, again, fused, strict=True):
             allowed = 10 * VALUE_TOLERANCE.get(one.dtype, 0.0) + 2 * relative_error(two, one)
             error = relative_error(ours, one)
@@ -265,9 +285,3 @@ def whole_model(
             f"{1e3 * before:.3g} ms)"
         )
     return None
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [
-        t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
-    ]

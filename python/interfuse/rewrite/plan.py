@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from interfuse import torch_state
 from interfuse.rewrite import source
-from interfuse.rewrite.bound import Bound
+from interfuse.rewrite.bound import WHOLE, Bound
 from interfuse.rewrite.chains import Link, Reading, clip
 from interfuse.rewrite.resolve import Resolver, methods_reached
 from interfuse.rewrite.site import UNKNOWN, Match, Pattern, StaticLink
@@ -94,14 +94,19 @@ class Planner:
             yield from self._walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
     def _look_into(self, name: str, module: nn.Module) -> None:
-        mine = [self.anchors[id(m)] for m in _held_by(module) if id(m) in self.anchors]
+        mine = [a for m in _held_by(module) if (a := self.anchors.get(id(m))) and not a.pattern.whole]
         forward = module.__dict__.get("forward")
         if forward is not None and not isinstance(forward, Bound):
             self._remember(mine, f"the forward of {type(module).__name__} was replaced on the instance")
+        elif (whole := self.anchors.get(id(module))) is not None and whole.pattern.whole:
+            if whole.refusal is None:
+                link = StaticLink((module,), (), {}, type(module).__name__)
+                self._found([whole], whole.pattern.match([link], ""), module, name, "forward", WHOLE,
+                            name or "(the model)", type(module).__name__)  # fmt: skip
         elif is_sequential(module):
             self._sequential(name, module)
         elif not str(type(module).forward.__module__).startswith("torch.") and any(
-            id(m) in self.anchors for m in module.modules()
+            (a := self.anchors.get(id(m))) and not a.pattern.whole for m in module.modules()
         ):
             for method in list(methods_reached(module)):
                 self._method(name, module, method, mine)
@@ -119,7 +124,7 @@ class Planner:
             key, child = children[at]
             anchor = self.anchors.get(id(child))
             at += 1
-            if anchor is None or anchor.refusal:
+            if anchor is None or anchor.refusal or anchor.pattern.whole:
                 continue
             label = f"{name}.{key}" if name else key
             end = f"it ends {name or type(module).__name__}; what reads its value stands outside"
@@ -140,7 +145,7 @@ class Planner:
         resolver = Resolver(owner, read, reading)
         for call in reading.calls():
             called = [self.anchors[id(c)] for c in resolver.resolve(call.func) if id(c) in self.anchors]
-            able = [anchor for anchor in called if not anchor.refusal]
+            able = [anchor for anchor in called if not anchor.refusal and not anchor.pattern.whole]
             if not able:
                 continue
             chain = reading.chain(call)

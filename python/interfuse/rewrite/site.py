@@ -51,12 +51,18 @@ class Call(NamedTuple):
 
     tensors: tuple[Any, ...]
     settings: dict[str, Any]
+    wrap: Callable[[Tensor], Any] = lambda tensor: tensor  # puts the first tensor into what the links take
 
 
 class Pattern(Protocol):
-    """What an op adds to optimize(): how its chains look before the model runs, and at each call."""
+    """What an op adds to optimize(): how its chains look before the model runs, and at each call.
+
+    `whole`: the op stands for a module's own forward, wherever it is called from. Its chains have one link,
+    and what calls the module need not be understood.
+    """
 
     op: str
+    whole: bool
 
     def anchors(self, module: nn.Module) -> bool:
         """Whether the report should speak of this module: a chain of this op may start with it."""
@@ -70,8 +76,11 @@ class Pattern(Protocol):
     def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
         """The fused call, if these callees and this value are what the op takes; else None."""
 
-    def run(self, call: Call) -> Tensor:
-        """Makes the call."""
+    def run(self, call: Call) -> Any:
+        """Makes the call, and gives what the plain calls give: a tensor, or for a module several."""
+
+    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
+        """Both without what they draw at random, so that they can be compared."""
 
     def describe(self, call: Call) -> Any:
         """What `kernel` needs to know of a call: shapes and settings, no tensors."""
