@@ -77,7 +77,8 @@ class Provider:
         if self.layout == "channels_last" and workload.channels_last is None:
             return "torch has no channels_last format for these inputs."
         if workload.dtype not in self.dtypes:
-            return f"{self.name} does not run this in {str(workload.dtype).removeprefix('torch.')} on the CPU."
+            dtype = str(workload.dtype).removeprefix("torch.")
+            return f"{self.name} does not run this in {dtype} on the CPU."
         return workload.why_not(self.name)
 
 
