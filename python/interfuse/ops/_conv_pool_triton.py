@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from interfuse.ops import _triton
 from interfuse.ops._conv_pool_problem import ConvPoolProblem, fused_why_not
 
 if TYPE_CHECKING:
@@ -15,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def why_not(problem: ConvPoolProblem) -> str | None:
-    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton kernels run on a GPU (or under TRITON_INTERPRET=1); the tensors are on the CPU."
-    if find_spec("triton") is None:
-        return "the package triton is not installed."
-    reason = fused_why_not(problem)
+    reason = _triton.why_not(problem.device) or fused_why_not(problem)
     if reason is not None:
         return reason
     from interfuse.kernels import conv_pool as kernels

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interfuse import numerics
+from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _conv_pool_eager as eager
 from interfuse.ops import _conv_pool_native as native
@@ -119,16 +120,11 @@ def pad_by_mode(x: Tensor, params: ConvPoolParams, mode: str) -> tuple[Tensor, C
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, what torch's convolutions do: lower-precision floats, float64 left alone."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    """Under autocast, what torch's convolutions do."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+    return cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Three:

@@ -6,30 +6,23 @@ switched off) and can itself be differentiated: create_graph goes through this f
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interfuse.autocast import without_autocast
 from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
 aten = torch.ops.aten
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _pad(x: Tensor, p: ConvPoolParams) -> tuple[Tensor, tuple[int, ...]]:
