@@ -34,8 +34,10 @@ __all__ = [
     "apply",
     "apply_at_this_level",
     "children",
+    "current_parameters",
     "has_hooks",
     "has_tangent",
+    "is_autocast_active",
     "is_plain_eager",
     "is_tracing",
     "is_untouched",
@@ -105,6 +107,17 @@ TRACED_TENSORS = (FakeTensor, FunctionalTensor)
 def children(module: Module) -> list[tuple[str, Module]]:
     """The children that are there, by name, in order. (named_children leaves out those that come twice.)"""
     return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def current_parameters(module: Module, names: list[str]) -> list[Any]:
+    """By name, as they are now: functional_call and parametrizations put others in their place."""
+    parameters = module._parameters
+    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+
+
+def is_autocast_active() -> bool:
+    """For any kind of device."""
+    return _autocast_active()
 
 
 def is_tracing() -> bool:

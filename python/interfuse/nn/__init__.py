@@ -1,5 +1,20 @@
 """Modules with torch.nn's signatures and state_dict."""
 
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
+from interfuse.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from interfuse.nn.rnn_embedding import EmbeddingGRU, EmbeddingLSTM, EmbeddingRNN
 
-__all__ = ["ConvPool1d", "ConvPool2d", "ConvPool3d"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ConvPool1d",
+    "ConvPool2d",
+    "ConvPool3d",
+    "EmbeddingGRU",
+    "EmbeddingLSTM",
+    "EmbeddingRNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+]

@@ -158,7 +158,7 @@ def _structure(weights: Sequence[Tensor], p: RnnParams) -> tuple[int, int, bool,
             f"weight_ih_l0 of cell {p.cell!r} needs {gates} * hidden_size rows, for its gates; got {rows}."
         )
     hidden = rows // gates
-    projected = out != hidden
+    projected = bool(out != hidden)
     if projected and (p.cell != "lstm" or not 0 < out < hidden):
         allowed = f"{hidden} columns" + (
             ", or fewer with a projection (weight_hr)" if p.cell == "lstm" else ""

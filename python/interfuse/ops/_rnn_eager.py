@@ -23,7 +23,7 @@ from interfuse.ops._rnn_transforms import Forward, call_backward, table_gradient
 from interfuse.torch_state import apply, is_plain_eager
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from interfuse.ops._rnn_problem import Four
 
@@ -105,8 +105,12 @@ def run(
     lengths: Tensor | None,
     table: Tensor | None,
     arguments: tuple[Any, ...],
+    check_first: Callable[[], object] | None = None,
 ) -> tuple[Tensor, State] | None:
-    """The outputs, or None where the call must go the long way. `arguments` are those of `resolve`."""
+    """The outputs, or None where the call must go the long way. `arguments` are those of `resolve`.
+
+    check_first raises a caller's own errors; it runs where no call of these shapes has passed before.
+    """
     if not is_plain_eager() or not _is_plain(x):
         return None
     h0: Any = None
@@ -135,6 +139,8 @@ def run(
         )
         plan = _plans.get(key)
         if plan is None:
+            if check_first is not None:
+                check_first()
             plan = _plans.put(key, _plan(x, weights, h0, c0, lengths, table, arguments))
     except (RuntimeError, TypeError, AttributeError, IndexError):  # what the long way has a sentence for
         return None
