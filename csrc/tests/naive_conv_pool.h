@@ -92,27 +92,28 @@ struct NaiveConvPool {
   // Calls visit(conv index, x index, weight index) for every product of the convolution.
   template <class Visit>
   void products(Visit visit) const {
+    const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], next_channel = x.at(0, 1, 0, 0, 0);
     int64_t o[3], k[3], i[3];
     for (int64_t n = 0; n < s.batch; ++n)
       for (int64_t oc = 0; oc < s.out_channels; ++oc)
         for (o[0] = 0; o[0] < conv.d; ++o[0])
           for (o[1] = 0; o[1] < conv.h; ++o[1])
             for (o[2] = 0; o[2] < conv.w; ++o[2])
-              for (int64_t ic = 0; ic < group_in; ++ic)
-                for (k[0] = 0; k[0] < s.kernel[0]; ++k[0])
-                  for (k[1] = 0; k[1] < s.kernel[1]; ++k[1])
-                    for (k[2] = 0; k[2] < s.kernel[2]; ++k[2]) {
-                      bool inside = true;
-                      for (int axis = 0; axis < 3; ++axis) {
-                        i[axis] = o[axis] * s.stride[axis] - s.padding_lo[axis] + k[axis] * s.dilation[axis];
-                        inside = inside && i[axis] >= 0 && i[axis] < s.input[axis];
-                      }
-                      if (!inside) continue;
-                      const int64_t channel = oc / group_out * group_in + ic;
-                      visit(conv.at(n, oc, o[0], o[1], o[2]), x.at(n, channel, i[0], i[1], i[2]),
-                            ((oc * group_in + ic) * s.kernel[0] + k[0]) * s.kernel[1] * s.kernel[2] +
-                                k[1] * s.kernel[2] + k[2]);
+              for (k[0] = 0; k[0] < s.kernel[0]; ++k[0])
+                for (k[1] = 0; k[1] < s.kernel[1]; ++k[1])
+                  for (k[2] = 0; k[2] < s.kernel[2]; ++k[2]) {
+                    bool inside = true;
+                    for (int axis = 0; axis < 3; ++axis) {
+                      i[axis] = o[axis] * s.stride[axis] - s.padding_lo[axis] + k[axis] * s.dilation[axis];
+                      inside = inside && i[axis] >= 0 && i[axis] < s.input[axis];
                     }
+                    if (!inside) continue;
+                    const int64_t to = conv.at(n, oc, o[0], o[1], o[2]),
+                                  from = x.at(n, oc / group_out * group_in, i[0], i[1], i[2]),
+                                  tap = (k[0] * s.kernel[1] + k[1]) * s.kernel[2] + k[2];
+                    for (int64_t ic = 0; ic < group_in; ++ic)
+                      visit(to, from + ic * next_channel, (oc * group_in + ic) * taps + tap);
+                  }
   }
 
   // Calls visit(y index, conv index, place in the window) for every element of every pooling window.
