@@ -19,6 +19,7 @@ from interfuse.rewrite.conv_pool import ConvPool
 from interfuse.rewrite.measure import Examples, Outcome, try_sites, whole_model
 from interfuse.rewrite.plan import Candidate, Plan, make_plan
 from interfuse.rewrite.report import Explanation, Row
+from interfuse.rewrite.rnn import Rnn
 from interfuse.rewrite.site import Pattern, Site
 
 __all__ = ["Explanation", "Row", "explain", "optimize", "restore"]
@@ -27,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Identity = tuple[str, str, Hashable]
 
 # What optimize() looks for. An op joins by adding its pattern.
-PATTERNS: tuple[Pattern, ...] = (ConvPool(),)
+PATTERNS: tuple[Pattern, ...] = (ConvPool(), Rnn())
 
 REPORT = "_interfuse_report"  # on the model that optimize() was given: what was measured, by site
 

@@ -79,6 +79,16 @@ class SequentialForward(Bound):
         return input
 
 
+class PlainForward:
+    """A module's forward as its class has it. (torch.compile does not follow types.MethodType.)"""
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+
 class ModuleForward(Bound):
     """A module's own forward as one site: an op computes all of it."""
 
@@ -89,7 +99,7 @@ class ModuleForward(Bound):
         self.sites = {WHOLE: site}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = self.__wrapped__
+        plain = PlainForward(self.owner)
         if not args:
             return plain(**kwargs)
         return self.sites[WHOLE]([(plain, args[1:], kwargs)], args[0])
