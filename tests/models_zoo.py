@@ -325,7 +325,9 @@ ZOO: dict[str, Entry] = {
     "functional": Entry(Functional, images(), ["conv1", "conv2", "conv3"]),
     "vgg": Entry(VGG, images(size=32), ["features.0", "features.3", "features.6", "features.8"]),
     "c3d": Entry(C3D, lambda: (torch.randn(2, 3, 4, 16, 16),), ["conv1", "conv2", "conv3a", "conv3b"]),
-    "crnn": Entry(CRNN, images(1, 16), ["cnn.conv0", "cnn.conv2"], {"cnn.conv1": "BatchNorm2d follows"}),
+    "crnn": Entry(
+        CRNN, images(1, 16), ["cnn.conv0", "cnn.conv2", "rnn"], {"cnn.conv1": "BatchNorm2d follows"}
+    ),
     "siamese": Entry(Siamese, sequences(2, 2, 24), ["encoder.net.0", "encoder.net.3", "stem", "stem"]),
     "residual": Entry(
         Residual,

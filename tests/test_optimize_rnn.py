@@ -115,7 +115,7 @@ def test_a_module_in_two_places_is_one_site() -> None:
 def test_copies_and_pickles_hold_their_own() -> None:
     fused = interfuse.optimize(Tagger().eval())
     x = ids()
-    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):  # noqa: S301  (our own bytes)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert other.rnn.__dict__["forward"].owner is other.rnn
         torch.testing.assert_close(other(x), fused(x), rtol=0, atol=0)
 
@@ -131,6 +131,30 @@ def test_example_inputs_are_verified_and_timed(kind: type[nn.RNNBase]) -> None:
     torch.testing.assert_close(model.eval()(ids()), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("examples", [None, (ids(),)])
+def test_rounded_weights_in_inference_alone(examples: Any) -> None:
+    model = Tagger(num_layers=2)
+    with torch.no_grad():
+        exact = model(ids())
+    wanted = gradients(model, ids())
+    fused = interfuse.optimize(copy.deepcopy(model), examples, dtype=torch.bfloat16, seconds=0.1)
+    for ours, theirs in zip(gradients(fused, ids()), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        error = (fused(ids()) - exact).norm() / exact.norm()
+    assert error < 1e-2
+    if rnn_row(fused).fused:
+        assert error > 1e-7  # they were rounded
+    interfuse.restore(fused)
+    with torch.no_grad():
+        assert torch.equal(fused(ids()), exact)
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be None or torch.bfloat16"):
+        interfuse.optimize(Tagger(), dtype=torch.float16)
+
+
 def test_dropout_between_layers_draws_in_training_alone() -> None:
     model = interfuse.optimize(Tagger(num_layers=2, dropout=0.5))
     x = ids()
@@ -139,15 +163,37 @@ def test_dropout_between_layers_draws_in_training_alone() -> None:
     assert torch.equal(model(x), model(x))
 
 
-def test_compiles_to_one_graph() -> None:
-    model = Tagger(num_layers=2).eval()
+@pytest.mark.parametrize("kind", TYPES)
+def test_compiles_to_one_graph(kind: type[nn.RNNBase]) -> None:
+    model = Tagger(kind, num_layers=2)
     x = ids()
+    expected, wanted = model(x), gradients(model, x)
+    interfuse.optimize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
+    model.zero_grad()
+    compiled(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+def test_plain_modules_still_break_the_graph() -> None:
+    """Letting torch.compile see ours must not make it unroll torch's own."""
+    interfuse.optimize(Tagger())
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    model, x = Tagger().eval(), ids()
+    torch._dynamo.reset()
     with torch.no_grad():
-        expected = model(x)
-        interfuse.optimize(model)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert len(graphs) > 1
+    assert max(len(graph.graph.nodes) for graph in graphs) < 20
 
 
 @pytest.mark.parametrize(
@@ -155,10 +201,9 @@ def test_compiles_to_one_graph() -> None:
     [
         (lambda m: nn.utils.parametrizations.weight_norm(m.rnn, "weight_hh_l0"), "parametrised"),
         (lambda m: setattr(m, "rnn", type("Mine", (nn.LSTM,), {})(12, 20, batch_first=True)), "not exactly"),
-        (lambda m: m.double(), None),
     ],
 )  # fmt: skip
-def test_what_is_left_alone_says_why(change: Any, reason: str | None) -> None:
+def test_what_is_left_alone_says_why(change: Any, reason: str) -> None:
     model = Tagger()
     change(model)
     expected = model(ids())
@@ -166,7 +211,14 @@ def test_what_is_left_alone_says_why(change: Any, reason: str | None) -> None:
     torch.testing.assert_close(model(ids()), expected, rtol=0, atol=0)
     row = rnn_row(model)
     assert not row.fused
-    assert reason is None or reason in row.reason
+    assert reason in row.reason
+
+
+def test_float64_is_left_to_torch() -> None:
+    model = Tagger().double()
+    expected = model(ids())
+    interfuse.optimize(model)
+    assert torch.equal(model(ids()), expected)
 
 
 def test_cells_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from interfuse.rewrite.bound import (
@@ -37,6 +38,7 @@ def optimize(
     model: Model,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
+    dtype: torch.dtype | None = None,
     seconds: float = 5.0,
 ) -> Model:
     """Puts fused ops in the model's place of chains such as convolution, activation, pool, and returns the
@@ -54,6 +56,8 @@ def optimize(
     Args:
         model: any module. Optimise before torch.compile, torch.export, DDP or FSDP.
         example_inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        dtype: torch.bfloat16 lets kernels that are bound by the bytes of their weights read them rounded to
+            it, in inference alone; sums stay in float32 and the parameters as they are.
         seconds: about how long to spend on timing.
     """
     _check_model("optimize", model)
@@ -61,6 +65,10 @@ def optimize(
         raise TypeError(
             "optimize: example_inputs must be a tensor, a tuple or list of positional arguments, or a dict "
             f"of keyword arguments for the model; got {type(example_inputs).__name__}."
+        )
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"optimize: dtype must be None or torch.bfloat16, to which weights are rounded; got {dtype}."
         )
     plan = make_plan(model, PATTERNS)
     if example_inputs is None:
@@ -73,10 +81,12 @@ def optimize(
             for c in plan.candidates
             if c.identity in known or (c.match.enabled and c.identity not in rejected)
         }
+        for site in chosen.values():
+            site.weight_dtype = dtype
         _bind(plan, chosen)
         return model
     restore(model)
-    every = {c.identity: Site(c.pattern) for c in plan.candidates}
+    every = {c.identity: Site(c.pattern, weight_dtype=dtype) for c in plan.candidates}
     try:
         model.__dict__[REPORT] = _measured(model, plan, every, Examples.of(example_inputs), seconds)
     except BaseException:  # the model's own error, or an interruption
@@ -98,7 +108,12 @@ def _measured(
         report[identity].refusal = report[identity].refusal or "the model's own calls are as fast, or faster"
     if paying:
         reason = whole_model(
-            model, examples, lambda: _bind(plan, paying), lambda: _unbind(model), seconds / 2
+            model,
+            examples,
+            lambda: _bind(plan, paying),
+            lambda: _unbind(model),
+            next(iter(paying.values())).weight_dtype,
+            seconds / 2,
         )
         _unbind(model)
         if reason is None:

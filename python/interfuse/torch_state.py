@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import disallow_in_graph
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,6 +44,7 @@ __all__ = [
     "is_tracing",
     "is_untouched",
     "is_watched_globally",
+    "let_compile_see_recurrent_modules",
     "redispatch_below_autograd",
 ]
 
@@ -113,6 +116,16 @@ def current_parameters(module: Module, names: list[str]) -> list[Any]:
     """By name, as they are now: functional_call and parametrizations put others in their place."""
     parameters = module._parameters
     return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+
+
+def let_compile_see_recurrent_modules() -> None:
+    """torch.compile breaks its graph at every nn.RNN, LSTM and GRU by type, whatever forward it has, unless
+    `allow_rnn` is set. With the flag it would also unroll torch's own over all steps, so that their functions
+    are kept out of graphs: a module that is not ours breaks the graph as before."""
+    if not dynamo_config.allow_rnn:
+        dynamo_config.allow_rnn = True
+        for name in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
+            disallow_in_graph(getattr(torch._VF, name))
 
 
 def is_autocast_active() -> bool:

@@ -14,7 +14,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from interfuse.ops import _rnn_eager as eager
 from interfuse.ops.rnn import run_long
-from interfuse.torch_state import current_parameters, is_autocast_active
+from interfuse.torch_state import (
+    current_parameters,
+    is_autocast_active,
+    let_compile_see_recurrent_modules,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,9 +38,12 @@ def run_module(
     weight_dtype: torch.dtype | None = None,
     table: Tensor | None = None,
     padding_idx: int | None = None,
+    weights: list[Tensor] | None = None,
 ) -> tuple[Sequence, State]:
-    """The module's forward, by `interfuse.ops.rnn`. With a table the input holds ids of its rows."""
-    weights = current_parameters(module, module._flat_weights_names)  # noqa: SLF001
+    """The module's forward, by `interfuse.ops.rnn`. With a table the input holds ids of its rows; weights may
+    stand in the place of the module's own."""
+    if weights is None:
+        weights = current_parameters(module, module._flat_weights_names)  # noqa: SLF001
     if isinstance(input, PackedSequence):
         return _run_packed(module, input, hx, lengths, weights, (padding_idx, weight_dtype), table)
     if type(hx) is list:
@@ -206,7 +213,19 @@ def _sequence_arguments(module: Any) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-class RNN(nn.RNN):
+class _Visible(nn.RNNBase):
+    """What torch.compile takes into its graph, unlike torch's own recurrent modules."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        let_compile_see_recurrent_modules()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        let_compile_see_recurrent_modules()
+
+
+class RNN(_Visible, nn.RNN):
     """torch.nn.RNN in one kernel. forward also takes `lengths`; see `interfuse.ops.rnn`."""
 
     @classmethod
@@ -223,7 +242,7 @@ class RNN(nn.RNN):
         return run_module(self, input, hx, lengths)
 
 
-class LSTM(nn.LSTM):
+class LSTM(_Visible, nn.LSTM):
     """torch.nn.LSTM in one kernel. forward also takes `lengths`; see `interfuse.ops.rnn`."""
 
     @classmethod
@@ -240,7 +259,7 @@ class LSTM(nn.LSTM):
         return run_module(self, input, hx, lengths)
 
 
-class GRU(nn.GRU):
+class GRU(_Visible, nn.GRU):
     """torch.nn.GRU in one kernel. forward also takes `lengths`; see `interfuse.ops.rnn`."""
 
     @classmethod

@@ -97,6 +97,11 @@ class ModuleForward(Bound):
         self.method = "forward"
         self.lengths = {WHOLE: 1}
         self.sites = {WHOLE: site}
+        site.pattern.stands()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.sites[WHOLE].pattern.stands()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = PlainForward(self.owner)

@@ -76,6 +76,9 @@ class ConvPool:
     op = "conv_pool"
     whole = False
 
+    def stands(self) -> None:
+        pass
+
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
         return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or (

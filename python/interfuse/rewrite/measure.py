@@ -113,8 +113,8 @@ class TrySite:
         plain = tensors_of(run_plainly(links, call.wrap(leaves[0])))
         fused, truth = tensors_of(site.pattern.run(call)), tensors_of(site.pattern.run(double))
         for own, mine, exact in zip(plain, fused, truth, strict=True):
-            # A module may give a contiguous tensor in the place of a transposed one; a chain keeps the layout,
-            # which the model's next layers go by.
+            # A module may give a contiguous tensor in the place of a transposed one; a chain keeps the
+            # layout, which the model's next layers go by.
             laid_out = mine.stride() == own.stride() or (site.pattern.whole and mine.is_contiguous())
             if mine.shape != own.shape or mine.dtype != own.dtype or not laid_out:
                 return (
@@ -125,6 +125,14 @@ class TrySite:
             outcome.error = max(outcome.error, ours)
             if ours > max(2 * theirs, VALUE_TOLERANCE[own.dtype]):
                 return f"its error against float64 is {ours:.1e}, the model's own {theirs:.1e}"
+        coarse = site.rounded(call)
+        if coarse is not call:
+            with torch.no_grad():
+                rounded = tensors_of(site.pattern.run(coarse))
+            ours = max(map(relative_error, rounded, truth))
+            outcome.error = max(outcome.error, ours)
+            if ours > VALUE_TOLERANCE[torch.bfloat16]:
+                return f"its error against float64 is {ours:.1e} with weights rounded to {site.weight_dtype}"
         wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
         if not wanted or not torch.is_grad_enabled():
             return None
@@ -148,7 +156,7 @@ class TrySite:
                 "inference",
                 *in_turns(
                     lambda: run_plainly(links, call.wrap(value)),
-                    lambda: site.pattern.run(call),
+                    lambda: site.pattern.run(site.rounded(call)),
                     self.seconds,
                     value,
                 ),
@@ -261,7 +269,12 @@ def _faster(times: tuple[float, float] | None) -> bool:
 
 
 def whole_model(
-    model: nn.Module, examples: Examples, put: Callable[[], None], take: Callable[[], None], seconds: float
+    model: nn.Module,
+    examples: Examples,
+    put: Callable[[], None],
+    take: Callable[[], None],
+    weight_dtype: torch.dtype | None,
+    seconds: float,
 ) -> str | None:
     """Compares the model with what was put on it and without: the reason to take it off again, or None."""
     tensors = [t for t in tree_leaves((examples.args, dict(examples.kwargs))) if isinstance(t, Tensor)]
@@ -277,7 +290,8 @@ def whole_model(
             [t.detach().clone() for t in tensors_of(run(switch))] for switch in (take, take, put)
         )
         for one, two, ours in zip(plain, again, fused, strict=True):
-            allowed = 10 * VALUE_TOLERANCE.get(one.dtype, 0.0) + 2 * relative_error(two, one)
+            tolerance = VALUE_TOLERANCE.get(weight_dtype or one.dtype, 0.0)
+            allowed = 10 * tolerance + 2 * relative_error(two, one)
             error = relative_error(ours, one)
             if error > allowed:
                 return f"the model's output changes by {error:.1e} (relative) with the fused sites"

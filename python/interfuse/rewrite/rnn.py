@@ -15,12 +15,12 @@ from interfuse.ops.rnn import IMPLEMENTATIONS
 from interfuse.rewrite.bound import PlainForward
 from interfuse.rewrite.known import PLAIN_TENSORS
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
-from interfuse.torch_state import current_parameters
+from interfuse.torch_state import current_parameters, let_compile_see_recurrent_modules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MODULES: dict[type[nn.RNNBase], object] = {m: m.forward for m in (nn.RNN, nn.LSTM, nn.GRU)}
+MODULES: dict[type[nn.Module], Any] = {m: m.forward for m in (nn.RNN, nn.LSTM, nn.GRU)}
 CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 # What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
 HALVES_TOO = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +31,9 @@ class Rnn:
 
     op = "rnn"
     whole = True
+
+    def stands(self) -> None:
+        let_compile_see_recurrent_modules()
 
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
@@ -89,7 +92,8 @@ class Rnn:
         twin = object.__new__(type(module))
         twin.__dict__.update(module.__dict__, dropout=0.0)
         _, arguments, keywords = links[0]
-        return [(PlainForward(twin), arguments, keywords)], call._replace(settings={**call.settings, "module": twin})
+        calm_call = call._replace(settings={**call.settings, "module": twin})
+        return [(PlainForward(twin), arguments, keywords)], calm_call
 
     def describe(self, call: Call) -> RnnProblem:
         x, h0 = call.tensors[:2]
@@ -97,8 +101,8 @@ class Rnn:
         if packed is not None:
             batch, steps = int(packed.batch_sizes[0]), len(packed.batch_sizes)
         else:
-            sizes = x.shape[:-1] if x.dim() == 3 else (1, x.shape[0]) if module.batch_first else (x.shape[0], 1)
-            batch, steps = sizes if module.batch_first else reversed(sizes)
+            sizes = x.shape[:-1] if x.dim() == 3 else (1, x.shape[0])
+            batch, steps = sizes if x.dim() == 2 or module.batch_first else reversed(sizes)
         return RnnProblem(
             cell=module.mode.lower(),
             layers=module.num_layers,
@@ -131,7 +135,9 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _fits(module: nn.RNNBase, x: Any, states: Sequence[Any], weights: Sequence[Any], packed: bool) -> bool:
+def _fits(
+    module: nn.RNNBase, x: Any, states: Sequence[Any], weights: Sequence[Any], packed: bool
+) -> bool:
     """Whether the op computes this. What it does not, the module itself computes, or says what is wrong."""
     if any(type(t) not in PLAIN_TENSORS for t in (x, *states, *weights)):
         return False

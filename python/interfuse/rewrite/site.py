@@ -64,6 +64,9 @@ class Pattern(Protocol):
     op: str
     whole: bool
 
+    def stands(self) -> None:
+        """A site has come to stand in a model, made or loaded."""
+
     def anchors(self, module: nn.Module) -> bool:
         """Whether the report should speak of this module: a chain of this op may start with it."""
 
@@ -96,10 +99,18 @@ MOST_KINDS = 64  # of calls that a site remembers; more shapes than that, and it
 
 class Site:
     """Calls the fused op where it may, and the callees where it may not. `inference` and `training` say where
-    it was found to pay; `seen` is the last new kind of call in words, for the report."""
+    it was found to pay; `seen` is the last new kind of call in words, for the report. `weight_dtype`: what
+    weights may be rounded to in inference, by patterns whose calls have such a setting."""
 
-    def __init__(self, pattern: Pattern, inference: bool = True, training: bool = True):
+    def __init__(
+        self,
+        pattern: Pattern,
+        inference: bool = True,
+        training: bool = True,
+        weight_dtype: torch.dtype | None = None,
+    ):
         self.pattern = pattern
+        self.weight_dtype = weight_dtype
         self.inference = inference
         self.training = training
         self.seen: Any = None
@@ -121,7 +132,13 @@ class Site:
             return run_plainly(links, value)
         if not compiling and not self.serves(call, gradient):
             return run_plainly(links, value)
-        return self.pattern.run(call)
+        return self.pattern.run(call if gradient else self.rounded(call))
+
+    def rounded(self, call: Call) -> Call:
+        """The call as inference makes it."""
+        if self.weight_dtype is None or "weight_dtype" not in call.settings:
+            return call
+        return call._replace(settings={**call.settings, "weight_dtype": self.weight_dtype})
 
     def serves(self, call: Call, gradient: bool) -> bool:
         """Whether a kernel takes the call, and not only the reference, which is slower than the plain
