@@ -244,12 +244,12 @@ class ConvPoolWorkload:
         from interfuse import _native
 
         module = self.module()
-        x, conv = self.inputs()[0], module[0]
+        x, weight, bias = self.inputs()[0], module[0].weight, module[0].bias
         desc, y = self.native_plan(), torch.empty(self.output_shape())
-        pointers = [t.data_ptr() for t in (x, conv.weight, conv.bias, y)]
+        pointers = [t.data_ptr() for t in (x, weight, bias, y)]
 
         def op() -> Tensor:
-            return interfuse.ops.conv_pool(x, conv.weight, conv.bias, **self.case.arguments)
+            return interfuse.ops.conv_pool(x, weight, bias, **self.case.arguments)
 
         def binding() -> None:
             _native.conv_pool_forward(desc, *pointers, 0, 0, threads)

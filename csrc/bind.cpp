@@ -4,9 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "common/dlpack.h"
 #include "common/machine_peak.h"
 #include "interfuse.h"
 
@@ -134,6 +137,128 @@ void conv_pool_backward(const ConvPoolDesc& desc, uintptr_t grad_y, uintptr_t x,
                                           at<void>(grad_bias), threads);
   }
   raise(status);
+}
+
+// One inference call as it was made once, with what its tensors were like. Made again, they are compared here: through
+// DLPack's exchange table that takes a fifth of the time of asking each tensor for its shape, strides, dtype, device and
+// address in Python. For the same reason this is Python's own vectorcall and not pybind11's dispatch.
+class ConvPoolCall {
+ public:
+  ConvPoolCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
+               const py::object& x, const py::object& weight, const py::object& bias, const py::tuple& size,
+               const py::tuple& strides)
+      : watchers_(watchers), types_(types), held_(desc), size_(size), strides_(strides), desc_(desc.cast<const ConvPoolDesc&>()) {
+    const auto* api = static_cast<const interfuse::DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->version.major != interfuse::kDLPackMajor || !api->dltensor_from_py_object_no_sync)
+      throw py::value_error("conv_pool: the exchange table has DLPack's version " + std::to_string(api->version.major) +
+                            " or no dltensor_from_py_object_no_sync; version 1 with it is needed.");
+    view_ = api->dltensor_from_py_object_no_sync;
+    const py::object given[] = {x, weight, bias};
+    for (int i = 0; i < 3; ++i) {
+      if (given[i].is_none()) continue;
+      interfuse::DLTensor t;
+      if (view_(given[i].ptr(), &t) != 0) throw py::error_already_set();
+      expected_[i] = {t.ndim, t.dtype.code, t.dtype.bits, Sizes(t.shape, t.shape + t.ndim), Sizes(t.strides, t.strides + t.ndim)};
+    }
+  }
+
+  // run(x, weight, bias, threads): the output, or None where a watcher returns something true, or one of the tensors is
+  // not like the one of the first call (its type, shape, strides, dtype or device, or a lazy negation).
+  static PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    const auto* call = static_cast<const ConvPoolCall*>(PyCapsule_GetPointer(self, nullptr));
+    if (!call) return nullptr;
+    if (count != 4) return PyErr_Format(PyExc_TypeError, "run takes x, weight, bias and threads; got %zd arguments.", count);
+    const long threads = PyLong_AsLong(args[3]);
+    if (threads == -1 && PyErr_Occurred()) return nullptr;
+    return call->run(args, static_cast<int>(threads));
+  }
+
+ private:
+  struct Expected {
+    int32_t ndim = 0;  // 0: no tensor
+    uint8_t code = 0, bits = 0;
+    Sizes shape, strides;
+    bool fits(const interfuse::DLTensor& t) const {
+      return t.device_type == interfuse::kDLCPU && t.ndim == ndim && t.dtype.code == code && t.dtype.bits == bits &&
+             !memcmp(t.shape, shape.data(), shape.size() * sizeof(int64_t)) &&
+             !memcmp(t.strides, strides.data(), strides.size() * sizeof(int64_t));
+    }
+  };
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    static PyObject* const new_empty_strided = PyUnicode_InternFromString("new_empty_strided");
+    void* data[3] = {};
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers_.ptr()); ++i) {
+      const int watches = is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers_.ptr(), i)));
+      if (watches < 0) return nullptr;
+      if (watches) Py_RETURN_NONE;
+    }
+    for (int i = 0; i < 3; ++i) {
+      if ((args[i] == Py_None) != (expected_[i].ndim == 0)) Py_RETURN_NONE;
+      if (args[i] == Py_None) continue;
+      const int fits = address(args[i], expected_[i], &data[i]);
+      if (fits < 0) return nullptr;
+      if (!fits) Py_RETURN_NONE;
+    }
+    PyObject* const made_from[] = {args[0], size_.ptr(), strides_.ptr()};
+    py::object y = py::reinterpret_steal<py::object>(
+        PyObject_VectorcallMethod(new_empty_strided, made_from, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    interfuse::DLTensor to;
+    if (!y || view_(y.ptr(), &to) != 0) return nullptr;
+    interfuse_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = interfuse_conv_pool_forward(desc_.plan(), data[0], data[1], data[2], to.data, nullptr, nullptr, threads);
+    Py_END_ALLOW_THREADS;
+    if (status == INTERFUSE_OK) return y.release().ptr();
+    PyErr_SetString(status == INTERFUSE_OUT_OF_MEMORY ? PyExc_MemoryError : PyExc_RuntimeError, interfuse_last_error());
+    return nullptr;
+  }
+
+  // 1 and the address, 0 where the tensor is not as expected, -1 with an exception set.
+  int address(PyObject* tensor, const Expected& expected, void** data) const {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (type != PyTuple_GET_ITEM(types_.ptr(), 0) && type != PyTuple_GET_ITEM(types_.ptr(), 1)) return 0;
+    interfuse::DLTensor t;
+    if (view_(tensor, &t) != 0) {  // a sparse one, for example
+      PyErr_Clear();
+      return 0;
+    }
+    if (!expected.fits(t)) return 0;
+    *data = static_cast<char*>(t.data) + t.byte_offset;
+    const int negated = is_true(PyObject_VectorcallMethod(is_neg, &tensor, 1, nullptr));
+    return negated < 0 ? -1 : !negated;
+  }
+
+  // Of a new reference, which it takes: 1, 0, or -1 with an exception set.
+  static int is_true(PyObject* result) {
+    if (!result) return -1;
+    const int value = PyObject_IsTrue(result);
+    Py_DECREF(result);
+    return value;
+  }
+
+  py::tuple watchers_, types_;
+  py::object held_;
+  py::tuple size_, strides_;
+  const ConvPoolDesc& desc_;
+  int (*view_)(void*, interfuse::DLTensor*) = nullptr;
+  Expected expected_[3];
+};
+
+// The call's `run` as a callable of its own, which owns the call.
+py::object conv_pool_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types,
+                          const py::object& desc, const py::object& x, const py::object& weight, const py::object& bias,
+                          const py::tuple& size, const py::tuple& strides) {
+  static PyMethodDef run = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+                                       static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(&ConvPoolCall::run))),
+                            METH_FASTCALL, "run(x, weight, bias, threads)"};
+  auto call = std::make_unique<ConvPoolCall>(exchange, watchers, types, desc, x, weight, bias, size, strides);
+  const py::capsule owner(call.get(), [](void* made) { delete static_cast<ConvPoolCall*>(made); });
+  call.release();
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&run, owner.ptr()));
 }
 
 class RnnDesc {
@@ -270,6 +395,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv_pool_backward", &conv_pool_backward, py::arg("desc"), py::arg("grad_y"), py::arg("x"), py::arg("weight"),
         py::arg("y"), py::arg("index"), py::arg("pre"), py::arg("grad_x"), py::arg("grad_weight"),
         py::arg("grad_bias"), py::arg("threads"));
+  m.def("conv_pool_call", &conv_pool_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"),
+        py::arg("desc"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("size"), py::arg("strides"));
   py::class_<RnnDesc>(m, "RnnDesc")
       .def(py::init<const std::string&, int, bool, bool, const std::string&, bool, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int64_t, const std::array<int64_t, 2>&, int64_t>(),

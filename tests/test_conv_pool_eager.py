@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import conv_pool_oracle as oracle
@@ -138,6 +139,56 @@ def test_not_taken_for_tensors_that_are_not_plain(short: list[bool]) -> None:
     assert short[1:] == [False, False, True, False, False, False]
 
 
+@torch.no_grad()
+def test_a_recent_call_is_not_taken_for_another() -> None:
+    """Each change keeps the weight's identity and x's shape, by which recent calls are found."""
+    x, weight, bias = (t.clone() for t in oracle.tensors(CASE))
+    # A weight whose strides alone decide the layout of the output.
+    weight = torch.nn.Parameter(weight[:5, :, :1, :1].clone())
+    bias = torch.nn.Parameter(bias[:5].clone())
+
+    def check(x: Tensor = x) -> None:
+        for _ in range(2):
+            y = conv_pool(x, weight, bias, padding=1, activation="relu", pool="max")
+        with Calls():
+            through_op = conv_pool(x, weight, bias, padding=1, activation="relu", pool="max")
+        assert torch.equal(y, through_op)
+        assert y.stride() == through_op.stride()
+
+    check()
+    weight.data = torch.randn(5, 5, 1, 1)  # another address
+    check()
+    weight.data = weight.data.transpose(0, 1)  # the same address
+    check()
+    weight.data = weight.data.as_strided((5, 5, 1, 1), (5, 1, 5, 5))  # channels_last, as torch sees it
+    check()
+    weight.data = weight.data[:3]
+    bias.data = bias.data[:3]
+    check()
+    bias.data = torch.randn(6)[::2]
+    check()
+    check(x.contiguous(memory_format=torch.channels_last))
+    check(x.flip(3).as_strided(x.shape, x.stride()))
+    check(torch._neg_view(x))
+    weight.data, bias.data = weight.data.bfloat16(), bias.data.bfloat16()
+    with pytest.raises(ValueError, match="must have one dtype"):
+        check()
+    check(x.bfloat16())
+    with pytest.raises(ValueError, match="dense tensor"):
+        check(x.bfloat16().to_sparse())
+
+
+@torch.no_grad()
+def test_a_recent_call_does_not_hold_the_weight() -> None:
+    x, weight, bias = oracle.tensors(CASE)
+    conv_pool(x, weight, bias, **CASE.arguments)
+    other = torch.randn_like(weight)
+    torch.utils.swap_tensors(weight, other)  # refuses tensors that something refers to weakly
+    gone = weakref.ref(weight)
+    del weight
+    assert gone() is None
+
+
 def test_lists_as_arguments(short: list[bool]) -> None:
     x, weight, bias = oracle.tensors(CASE)
     y = conv_pool(x, weight, bias, stride=[1, 2], padding=[1, 1], pool="max", pool_size=[2, 1])
@@ -159,6 +210,7 @@ def test_the_precision_is_part_of_the_key() -> None:
 def test_every_cache_keyed_by_shape_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = {
         (_conv_pool_eager, "_plans"): 5,
+        (_conv_pool_eager, "_recent"): 4,
         (_conv_pool_checks, "_problems"): 6,
         (_conv_pool_native, "_descs"): 7,
     }
@@ -169,6 +221,8 @@ def test_every_cache_keyed_by_shape_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     for size in range(3, 40):
         x = torch.randn(1, 1, size)
         assert torch.equal(conv_pool(x, weight), conv_pool(x, weight))
+        with torch.no_grad():
+            conv_pool(x, weight)
         with Calls():
             conv_pool(x, weight)
     for (module, name), capacity in caches.items():

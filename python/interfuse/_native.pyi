@@ -1,6 +1,6 @@
 # The native core, bound by pointers: addresses of dense memory go in unchecked, so use interfuse.ops instead.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 class ConvPoolDesc:
@@ -57,6 +57,22 @@ def conv_pool_backward(
     grad_bias: int,
     threads: int,
 ) -> None: ...
+
+# An inference call as a function for tensors like the given ones, each of one of the two types:
+# run(x, weight, bias, threads) -> y, or None where they differ in type, shape, strides, dtype or device, or
+# where one of the watchers returns something true. They are looked at through DLPack's exchange table, the
+# capsule __dlpack_c_exchange_api__ of torch.Tensor. size and strides are those of y.
+def conv_pool_call(
+    exchange: Any,
+    watchers: tuple[Callable[[], Any], ...],
+    types: tuple[type, type],
+    desc: ConvPoolDesc,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    size: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Callable[[Any, Any, Any, int], Any]: ...
 
 class RnnDesc:
     # A checked recurrent problem. cell: "rnn_tanh", "rnn_relu", "lstm" or "gru"; x_strides are those of

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 __all__ = [
+    "DLPACK_EXCHANGE",
     "TRACED_TENSORS",
+    "WATCHERS",
     "OptimizedModule",
     "SingleLevelFunction",
     "apply",
@@ -39,6 +41,7 @@ __all__ = [
     "current_parameters",
     "has_hooks",
     "has_tangent",
+    "in_forward_mode",
     "is_autocast_active",
     "is_plain_eager",
     "is_tracing",
@@ -48,12 +51,24 @@ __all__ = [
     "redispatch_below_autograd",
 ]
 
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_autocast_active = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+# DLPack's table of functions that tell where and how a tensor lies in memory.
+DLPACK_EXCHANGE = Tensor.__dlpack_c_exchange_api__
+
+# Each returns something true where it would see a call made now, or change it: transforms, modes, autocast,
+# profiler, tracer. Forward-mode levels are the one thing that is no function of torch's.
+WATCHERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_any_autocast_enabled,
+    torch.autograd._profiler_enabled,  # type: ignore[attr-defined]
+    torch._C._get_tracing_state,
+)
+_functorch_active, _dispatch_modes, _function_modes, _autocast_active, _profiling, _tracing_state = WATCHERS
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 def is_plain_eager() -> bool:
@@ -64,8 +79,8 @@ def is_plain_eager() -> bool:
         or _function_modes()
         or _autocast_active()
         or _profiling()
+        or _tracing_state()
         or forward_ad._current_level >= 0
-        or _tracing_state() is not None
     )
 
 
@@ -130,12 +145,12 @@ def let_compile_see_recurrent_modules() -> None:
 
 def is_autocast_active() -> bool:
     """For any kind of device."""
-    return _autocast_active()
+    return bool(_autocast_active())
 
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace is recording."""
-    return _tracing_state() is not None
+    return bool(_tracing_state())
 
 
 def has_hooks(module: Module) -> bool:

@@ -85,6 +85,7 @@ class _ConvPoolNd(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _arguments: tuple[Any, ...]  # of a call, as Options has them
 
     def __init__(
         self,
@@ -136,9 +137,16 @@ class _ConvPoolNd(nn.Module):
         self.pool_stride = None if pool_stride is None else as_ints("pool_stride", pool_stride, spatial)
         self.pool_padding = as_ints("pool_padding", pool_padding, spatial)
         self.ceil_mode = ceil_mode
-        self.count_include_pad = count_include_pad
+        self.count_include_pad = count_include_pad  # the last: from here on _arguments is complete
         self.weight = conv.weight
         self.register_parameter("bias", conv.bias)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Any setting may be changed later; the call's arguments follow at once and not at every call."""
+        super().__setattr__(name, value)
+        state = self.__dict__
+        if name in Options._fields and "count_include_pad" in state:
+            state["_arguments"] = (*map(state.__getitem__, Options._fields[:-1]), None)
 
     @classmethod
     def from_torch(
@@ -177,10 +185,7 @@ class _ConvPoolNd(nn.Module):
         if weight is None:  # parametrized: an attribute of another kind
             weight = self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias is slow)
-        arguments = (
-            self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.activation,
-            self.negative_slope, self.pool, self.pool_size, self.pool_stride, self.pool_padding,
-            self.ceil_mode, self.count_include_pad, None)  # fmt: skip
+        arguments = self._arguments
         if not torch.compiler.is_dynamo_compiling():
             y = eager.run(input, weight, bias, arguments)
             if y is not None:

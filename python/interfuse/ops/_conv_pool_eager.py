@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from interfuse import numerics
-from interfuse._native import ConvPoolDesc, conv_pool_forward
+from interfuse._native import ConvPoolDesc, conv_pool_call, conv_pool_forward
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops import _conv_pool_native as native
 from interfuse.ops._conv_pool_checks import Options, check, check_batched, resolve
 from interfuse.ops._conv_pool_problem import ConvPoolProblem, Three, empty_outputs
 from interfuse.ops._conv_pool_transforms import Forward, backward_op
-from interfuse.torch_state import apply, is_plain_eager
+from interfuse.torch_state import DLPACK_EXCHANGE, WATCHERS, apply, in_forward_mode, is_plain_eager
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from interfuse.ops._conv_pool_transforms import Saved
 
 _grad_enabled = torch.is_grad_enabled
@@ -76,29 +78,57 @@ class Plan:
 _plans: BoundedCache[Plan | Literal[False]] = BoundedCache(1024)
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor | None:
-    """The output, or None where the call must go the long way. `arguments` are Options' values in order.
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """An inference call that took the short way. The next one most often is the same with another x."""
 
-    The tests are written out for each tensor, since a call for each would cost a tenth of all this.
-    """
-    if not is_plain_eager():
-        return None
+    arguments: tuple[Any, ...]
+    precision: str
+    run: Callable[[Tensor, Tensor, Tensor | None, int], Tensor | None]
+
+
+# By the weight's id and x's shape: a hint only, since ids return. A weak reference to the weight would say
+# more, but torch.utils.swap_tensors refuses tensors that have one.
+_recent: BoundedCache[Recent] = BoundedCache(1024)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor | None:
+    """The output, or None where the call must go the long way. `arguments` are Options' values in order."""
+    if type(x) is Tensor and not _grad_enabled() and not in_forward_mode():
+        try:
+            recent = _recent.get((id(weight), x.shape))
+        except RuntimeError:  # a nested tensor has no shape
+            return None
+        if (
+            recent is not None
+            and recent.precision == numerics._precision  # noqa: SLF001
+            and recent.arguments == arguments
+        ):
+            y = recent.run(x, weight, bias, _threads())
+            if y is not None:
+                return y
+    return _find_and_run(x, weight, bias, arguments) if is_plain_eager() else None
+
+
+def _find_and_run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
+) -> Tensor | None:
+    """A call that is not a recent one. The tests are written out for each tensor: calls would cost more."""
     kind = type(x)
     if not ((kind is Tensor or kind is Parameter) and x.is_cpu and not x.is_neg()):
         return None
     kind = type(weight)
     if not ((kind is Parameter or kind is Tensor) and weight.is_cpu and not weight.is_neg()):
         return None
-    wants_grad = _grad_enabled() and (x.requires_grad or weight.requires_grad)
     if bias is not None:
         kind = type(bias)
         if not ((kind is Parameter or kind is Tensor) and bias.is_cpu and not bias.is_neg()):
             return None
-        wants_grad = wants_grad or (bias.requires_grad and _grad_enabled())
     try:
         bias_key = None if bias is None else (bias.shape, bias.stride(), bias.dtype)
+        precision = numerics._precision  # noqa: SLF001
         key = (x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, bias_key, arguments,
-               numerics._precision)  # noqa: SLF001  # fmt: skip
+               precision)  # fmt: skip
         plan = _plans.get(key)
     except (RuntimeError, TypeError):  # a layout without strides, a list among the options
         return None
@@ -106,7 +136,12 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ..
         plan = _plans.put(key, _plan(x, weight, bias, Options(*arguments)))
     if plan is False:
         return None
-    if wants_grad:
+    if not _grad_enabled():
+        again = conv_pool_call(
+            DLPACK_EXCHANGE, WATCHERS, (Tensor, Parameter), plan.desc, x, weight, bias, plan.size,
+            plan.strides)  # fmt: skip
+        _recent.put((id(weight), x.shape), Recent(arguments, precision, again))
+    elif x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None if plan.direct is None else apply(Forward, plan.direct, x, weight, bias, False)[0]
     y = x.new_empty_strided(plan.size, plan.strides)
     bias_pointer = 0 if bias is None else bias.data_ptr()
