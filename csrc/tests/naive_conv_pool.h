@@ -6,13 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "interfuse.h"
+#include "tests/values.h"
 
 namespace interfuse_test {
-
-using Doubles = std::vector<double>;
 
 // Indices of a dense (n, c, d, h, w) tensor in one of the two layouts.
 struct Shape5 {

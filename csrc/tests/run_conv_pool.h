@@ -2,11 +2,8 @@
 // guard pages, flush with either end or misaligned.
 #pragma once
 
-#include <cstring>
-#include <random>
-
-#include "tests/guarded.h"
 #include "tests/naive_conv_pool.h"
+#include "tests/values.h"
 
 namespace interfuse_test {
 
@@ -41,42 +38,6 @@ inline interfuse_conv_pool_spec spec_of(const Problem& p, int dtype, bool channe
   return s;
 }
 
-inline float load(float v) { return v; }
-inline float load(uint16_t v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-inline void store(float v, float& to) { to = v; }
-inline void store(float v, uint16_t& to) {  // round to nearest even; NaN is not among the values
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  to = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-enum class Values { integers, reals };
-
-template <class T>
-Doubles fill(Guarded<T>& buffer, Values values, unsigned seed) {
-  std::mt19937 random(seed);
-  std::uniform_int_distribution<int> whole(-3, 3);
-  std::normal_distribution<float> real;
-  Doubles out(static_cast<size_t>(buffer.size()));
-  for (int64_t i = 0; i < buffer.size(); ++i) {
-    store(values == Values::integers ? static_cast<float>(whole(random)) : real(random), buffer[i]);
-    out[i] = load(buffer[i]);
-  }
-  return out;
-}
-
-template <class T>
-Doubles read(const Guarded<T>& buffer) {
-  Doubles out(static_cast<size_t>(buffer.size()));
-  for (int64_t i = 0; i < buffer.size(); ++i) out[i] = load(buffer[i]);
-  return out;
-}
-
 // How far a result may be from the truth, as a relative Frobenius norm. These sizes are small: one wrong
 // element among a few thousand gives 1e-2. At 0 the results must be equal to the last bit.
 inline double tolerance(const interfuse_conv_pool_spec& s, Values values) {
@@ -85,20 +46,6 @@ inline double tolerance(const interfuse_conv_pool_spec& s, Values values) {
   const bool exact = values == Values::integers && s.activation <= INTERFUSE_RELU &&
                      (s.pool != INTERFUSE_POOL_AVG || (!s.ceil_mode && s.pool_size[1] == 2));
   return exact ? 0 : 1e-6;
-}
-
-inline void compare(const char* what, const Doubles& ours, const Doubles& truth, double tolerance) {
-  CHECK_EQUAL(ours.size(), truth.size());
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < truth.size() && i < ours.size(); ++i) {
-    error += (ours[i] - truth[i]) * (ours[i] - truth[i]);
-    norm += truth[i] * truth[i];
-  }
-  if (error <= tolerance * tolerance * norm) return;
-  std::ostringstream text;
-  text << what << " differs by " << std::sqrt(error) << " where the norm is " << std::sqrt(norm)
-       << ", a ratio of " << std::sqrt(error / norm) << "; allowed is " << tolerance;
-  fail(__FILE__, __LINE__, text.str());
 }
 
 // The index may name any element that is the largest within rounding; 255 stands for a relu that let nothing
