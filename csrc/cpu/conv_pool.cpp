@@ -50,6 +50,7 @@ void direct(const ConvPool& problem, const ConvPoolForward& a) {
   if (merge_images(p)) return conv_pool_channels(p, a, threads, p.xs.n);
   merge_axes(p);
   shift_axes(p);
+  if (p.group_in == 1 && p.group_out == 1 && 2 * p.groups >= kLanes) return conv_pool_depthwise(p, a, threads);
   if (conv_pool_columns_cost(p) < conv_pool_channels_cost(p)) return conv_pool_columns(p, a, threads);
   conv_pool_channels(p, a, threads, 0);
 }

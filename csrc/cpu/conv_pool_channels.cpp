@@ -40,6 +40,7 @@ constexpr int64_t kWeightBytes = 20 << 10;  // of a block of weights: it stays i
 constexpr int64_t kCopyBytes = 320 << 10;   // of the copied part of x: half of a small L2 together with the sums
 constexpr int64_t kSumsBytes = 160 << 10;
 constexpr int64_t kNearBytes = 24 << 10;    // of the sums, where they can stay in L1
+constexpr int64_t kMostPages = 128;         // that a tile reads from at a time: more than the TLB holds
 
 // Cycles of one step of the reduction over a row, from measurements: products, then loads.
 double row_cost(int64_t width, int vectors) {
@@ -69,6 +70,7 @@ bool reads_in_place(const ConvPool& p) {
   const int64_t reach = (p.group_in - 1) * p.xs.c + (p.kernel.d - 1) * p.dilation.d * p.xs.d +
                         (p.kernel.h - 1) * p.dilation.h * p.xs.h + (p.kernel.w - 1) * p.dilation.w * p.xs.w;
   if (reach > INT32_MAX) return false;
+  if (p.xs.c != 1 && p.group_in > kMostPages && p.xs.c * 4 >= 2048) return false;
   return p.xs.c == 1 || p.group_in < 8 || (p.xs.c * 4) % 4096 >= 64;
 }
 
@@ -104,6 +106,7 @@ Plan make_plan(const ConvPool& problem, int threads, int64_t pixel_step) {
   const bool heavy = p.group_out * depth > p.group_in * p.in.volume();
   plan.cut = cut_outputs(p, threads, plan.panels, heavy, [&](const Triple& outs) {
     const Triple conv = conv_extents(p, outs);
+    if (plan.one_block() && outs.h == 1 && conv.w * lanes * 4 > 2 * kNearBytes) return false;
     return copy_floats(p, conv) * 4 <= kCopyBytes && (plan.one_block() || conv.volume() * lanes * 4 <= kSumsBytes);
   });
 
@@ -137,7 +140,8 @@ struct Shared {
 
 // The working memory of a thread.
 struct Work {
-  float *copy, *sums, *activated, *row;
+  float* copy;
+  PartsWork parts;
 };
 
 // Sums of the convolution's pixels in `box`, rows [first, box.to.h) of it; earlier rows are there already.
@@ -166,45 +170,11 @@ void convolve(const Plan& plan, const Shared& shared, const float* origin, const
   }
 }
 
-// One box and one panel: convolve and finish a few rows at a time.
-template <class T>
-void run_panel(const Plan& plan, const ConvPoolForward& a, const Shared& shared, const float* origin, const Box& out,
-               const Triple& own, const Panel& panel, const float* packed, const float* bias, const Work& work) {
-  const ConvPool& p = plan.p;
-  const bool one_block = plan.one_block();
-  const Box whole = conv_box(p, out);
-  Box part = out;
-  for (int64_t d = out.from.d; d < out.to.d; d = part.to.d) {
-    part.from.d = d, part.to.d = one_block ? d + 1 : out.to.d;
-    int64_t have = -1;  // rows of the convolution up to here are in the working memory
-    Box before{};
-    for (int64_t h = out.from.h; h < out.to.h; h = part.to.h) {
-      part.from.h = h, part.to.h = least(out.to.h, h + plan.rows);
-      const Sums sums{work.sums, conv_box(p, part), panel.lanes()};
-      const Box& box = sums.box;
-      // Overlapping windows: the last rows of the part before are the first of this one.
-      const bool overlap = have > box.from.h;
-      if (overlap) {
-        const int64_t row = (box.to.w - box.from.w) * panel.lanes();
-        const int64_t kept = have - box.from.h, old_rows = before.to.h - before.from.h, new_rows = box.to.h - box.from.h;
-        for (int64_t i = 0; i < box.to.d - box.from.d; ++i)
-          memmove(work.sums + i * new_rows * row, work.sums + (i * old_rows + (box.from.h - before.from.h)) * row,
-                  static_cast<size_t>(kept * row) * sizeof(float));
-      }
-      const float* at = origin + (box.from.d - whole.from.d) * p.stride.d * plan.view.d + (box.from.h - whole.from.h) * p.stride.h * plan.view.h;
-      convolve(plan, shared, at, packed, bias, panel.vectors, sums, overlap ? have : box.from.h);
-      finish<T>(p, a, panel, sums, part, own, {work.row, work.activated});
-      have = box.to.h;
-      before = box;
-    }
-  }
-}
-
 template <class T>
 void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, const Job& job, const Work& work) {
   const ConvPool& p = plan.p;
   const Box conv = conv_box(p, job.out);
-  const Triple own = first_owned(p, job.out), from = input_begin(p, conv.from);
+  const Triple from = input_begin(p, conv.from);
   const T* x = static_cast<const T*>(a.x) + job.image * p.xs.n + job.group * p.group_in * p.xs.c;
   const float* origin = work.copy;
   if (!plan.copies) {
@@ -221,8 +191,12 @@ void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, c
     const Panel panel{job.image, job.group * p.group_out + begin, static_cast<int>(ceil_div(channels, kLanes)),
                       static_cast<int>(channels)};
     const int64_t which = job.group * plan.panels + i;
-    run_panel<T>(plan, a, shared, origin, job.out, own, panel, shared.packed + which * plan.panel_size(),
-                 shared.bias + which * plan.vectors * kLanes, work);
+    finish_in_parts<T>(p, a, panel, job.out, plan.rows, plan.one_block(), work.parts, [&](const Sums& sums, int64_t first) {
+      const float* at = origin + (sums.box.from.d - conv.from.d) * p.stride.d * plan.view.d +
+                        (sums.box.from.h - conv.from.h) * p.stride.h * plan.view.h;
+      convolve(plan, shared, at, shared.packed + which * plan.panel_size(), shared.bias + which * plan.vectors * kLanes,
+               panel.vectors, sums, first);
+    });
   }
 }
 
@@ -290,9 +264,9 @@ void run_jobs(const Plan& plan, const ConvPoolForward& a, const Shared& shared, 
   parallel(static_cast<int>(least(threads, jobs)), [&](int thread, int count) {
     const int64_t activated = keeps_activated(p) ? plan.sums_count : 0;
     Work work;
-    work.sums = scratch_floats(Slot::rows, plan.sums_count + activated + plan.row_count);
-    work.activated = work.sums + plan.sums_count;
-    work.row = work.activated + activated;
+    work.parts.sums = scratch_floats(Slot::rows, plan.sums_count + activated + plan.row_count);
+    work.parts.activated = work.parts.sums + plan.sums_count;
+    work.parts.row = work.parts.activated + activated;
     work.copy = plan.copies ? scratch_floats(Slot::tiles, plan.copy_count) : nullptr;
     const Range mine = share(jobs, thread, count);
     for (int64_t job = mine.begin; job < mine.end; ++job) run_job<T>(plan, a, shared, job_at(p, plan.cut, job), work);

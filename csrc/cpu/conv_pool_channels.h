@@ -146,5 +146,43 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
     }
 }
 
+// ---- a box and a panel, a few rows at a time -----------------------------------------------------------------------
+
+struct PartsWork {
+  float *sums, *activated, *row;  // of a part: its sums, as many again where keeps_activated(), and FinishScratch's rows
+};
+
+// convolve(sums, first) forms the sums of the pixels in sums.box from row `first` on; earlier rows are there already.
+// `by_rows`: in parts of `rows` output rows, else the whole box at once.
+template <class T, class Convolve>
+void finish_in_parts(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, const Box& out, int64_t rows, bool by_rows,
+                     const PartsWork& work, Convolve&& convolve) {
+  const Triple own = first_owned(p, out);
+  Box part = out;
+  for (int64_t d = out.from.d; d < out.to.d; d = part.to.d) {
+    part.from.d = d, part.to.d = by_rows ? d + 1 : out.to.d;
+    int64_t have = -1;  // rows of the convolution up to here are in the working memory
+    Box before{};
+    for (int64_t h = out.from.h; h < out.to.h; h = part.to.h) {
+      part.from.h = h, part.to.h = by_rows ? least(out.to.h, h + rows) : out.to.h;
+      const Sums sums{work.sums, conv_box(p, part), panel.lanes()};
+      const Box& box = sums.box;
+      // Overlapping windows: the last rows of the part before are the first of this one.
+      const bool overlap = have > box.from.h;
+      if (overlap) {
+        const int64_t row = (box.to.w - box.from.w) * panel.lanes();
+        const int64_t kept = have - box.from.h, old_rows = before.to.h - before.from.h, new_rows = box.to.h - box.from.h;
+        for (int64_t i = 0; i < box.to.d - box.from.d; ++i)
+          memmove(work.sums + i * new_rows * row, work.sums + (i * old_rows + (box.from.h - before.from.h)) * row,
+                  static_cast<size_t>(kept * row) * sizeof(float));
+      }
+      convolve(sums, overlap ? have : box.from.h);
+      finish<T>(p, a, panel, sums, part, own, {work.row, work.activated});
+      have = box.to.h;
+      before = box;
+    }
+  }
+}
+
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

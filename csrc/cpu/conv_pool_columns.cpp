@@ -271,7 +271,10 @@ double conv_pool_columns_cost(const ConvPool& p) {
   // A load of columns mostly straddles two lines of cache.
   const double products = 0.5 * pixels * channels, loads = 0.5 * (1.9 * pixels + channels);
   const double step = most_of(products, loads, 4.0) + 0.05 * (pixels + channels);
-  return step * static_cast<double>(tiles * blocks) / rows;
+  // Into channels-last memory a row goes element by element, each to a line of its own.
+  const double pooled = static_cast<double>(p.out.volume()) / static_cast<double>(p.conv.volume());
+  const double scattered = p.channels_last && p.out_channels > 1 ? 2 * pooled * static_cast<double>(p.conv.w * p.group_out) : 0;
+  return step * static_cast<double>(tiles * blocks) / rows + scattered / static_cast<double>(p.group_in * p.kernel.volume());
 }
 
 }  // namespace INTERFUSE_ISA
