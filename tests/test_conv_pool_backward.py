@@ -64,6 +64,24 @@ def test_bench_cases(case: Case) -> None:
     assert_gradients_right(case, *oracle.tensors(case, case.dtype))
 
 
+@pytest.mark.parametrize("pool", ["none", "max", "avg"])
+@pytest.mark.parametrize(("activation", "shift"), [("tanh", 4.0), ("tanh", 7.0), ("sigmoid", 8.0)])
+def test_saturated_slopes_are_as_good_as_torchs(activation: str, shift: float, pool: str) -> None:
+    """Close to 1 the saved value has few bits of the slope left (docs/numerics.md), in torch as well."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 8, 16, 16, generator=random), torch.randn(16, 8, 3, 3, generator=random)
+    weight, bias = weight / 72**0.5, torch.randn(16, generator=random) + shift
+    arguments = {"activation": activation, "pool": pool, "pool_size": 1 if pool == "none" else 2}
+    grad_y = torch.randn(oracle.conv_pool(x, weight, bias, **arguments).shape, generator=random)
+    truth = oracle.gradients(x, weight, bias, grad_y, arguments)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torchs = torch.autograd.grad(oracle.conv_pool(*leaves, **arguments), leaves, grad_y)
+    with interfuse.precision("highest"):
+        ours = torch.autograd.grad(conv_pool(*leaves, **arguments, backend="native"), leaves, grad_y)
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        assert tolerance.error(our, true) <= tolerance.TIMES_TORCH * tolerance.error(their, true)
+
+
 @pytest.mark.parametrize(
     "case",
     # An average divides: its sums are not exact.
