@@ -64,3 +64,36 @@ def output(dtype: torch.dtype, precision: str = "default") -> float:
 def gradient(dtype: torch.dtype) -> float:
     """The bound on a gradient's error."""
     return {torch.float32: FLOAT32_GRADIENT, torch.bfloat16: BFLOAT16_GRADIENT, torch.float64: FLOAT64}[dtype]
+
+
+def recurrent(steps: int, layers: int, terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """The bound on `recurrent_error` of what recurrent layers put out.
+
+    Each step rounds sums of `terms` products, whose errors add up like a random walk; later steps and layers
+    carry them on, each contracting on average, so that they too add up like a walk over the steps. The
+    factor 4 is for the cells' own arithmetic: half a dozen roundings and two approximated functions.
+    """
+    unit = {torch.float64: 2.0**-52}.get(dtype, 2.0**-23)  # half precision computes in float32
+    computed = 4 * unit * terms**0.5 * (layers + steps**0.5)
+    stored = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0)  # one rounding of each result
+    return computed + stored
+
+
+def recurrent_gradient(steps: int, layers: int, terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """A gradient goes through the forward's error and its own, and sums over all steps and rows."""
+    stored = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0)
+    return 4 * (recurrent(steps, layers, terms, dtype) - stored) + stored
+
+
+# Terms of a recurrent sum are of order one. Where they cancel, the error still follows their size, not that
+# of what is left: the truth counts as at least this much for each element, in the mean square.
+RECURRENT_SCALE = 0.25
+
+
+def recurrent_error(ours: Tensor, truth: Tensor) -> float:
+    """`error`, with the truth's norm taken as at least RECURRENT_SCALE an element."""
+    plain = error(ours, truth)
+    if plain in (0.0, float("inf")):
+        return plain
+    size = float(truth.detach().double().norm())
+    return plain * size / max(size, RECURRENT_SCALE * truth.numel() ** 0.5)
