@@ -10,6 +10,7 @@ import conv_pool_oracle as oracle
 import pytest
 import torch
 from cases.conv_pool import EDGES
+from watch import Calls, Wrapped
 
 import interfuse
 from interfuse.bounded_cache import BoundedCache
@@ -24,18 +25,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 CASE = next(case for case in EDGES if case.name == "relu-max")
-
-
-class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the ops that go through the dispatcher. Being a mode, it also closes the short way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -105,17 +94,6 @@ def test_not_taken_where_something_looks_on(short: list[bool]) -> None:
     with torch._subclasses.FakeTensorMode() as mode:
         call(*(mode.from_tensor(t) for t in (x, weight, bias)))
     assert not any(short)
-
-
-class Wrapped(torch.Tensor):
-    """A subclass that sees the calls made with it."""
-
-    seen: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(str(function))
-        return super().__torch_function__(function, types, args, kwargs)
 
 
 def test_not_taken_for_tensors_that_are_not_plain(short: list[bool]) -> None:

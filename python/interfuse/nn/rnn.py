@@ -17,6 +17,7 @@ from interfuse.ops.rnn import run_long
 from interfuse.torch_state import (
     current_parameters,
     is_autocast_active,
+    is_tracing,
     let_compile_see_recurrent_modules,
 )
 
@@ -103,7 +104,7 @@ def _check(
     batch_first: bool | None = None,
 ) -> None:
     """What torch's modules check, in their words; the op checks the rest."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or is_tracing():  # in a jit trace sizes are tensors: the op checks alone
         return
     name, lstm = module.mode.split("_")[0], module.mode == "LSTM"
     kind = " tensor" if name == "RNN" else ""

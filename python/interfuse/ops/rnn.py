@@ -112,7 +112,7 @@ def run_long(
     x, _, lengths, h0, c0, _ = inputs
     if table is not None and x.dtype == torch.int32:
         x = x.long()
-    dtype = autocast_dtype(weights[0].device)
+    dtype = autocast_dtype(x.device)
     if dtype is not None:
         if table is not None:  # rows first: converting all of the table would cost more
             problem = check(x, table, lengths, h0, c0, weights, params, False)
