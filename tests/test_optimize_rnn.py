@@ -151,7 +151,7 @@ def test_rounded_weights_in_inference_alone(examples: Any) -> None:
 
 
 def test_another_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be None or torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"must be None or torch.bfloat16"):
         interfuse.optimize(Tagger(), dtype=torch.float16)
 
 
