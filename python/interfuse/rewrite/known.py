@@ -8,6 +8,7 @@ module counts only if its type is exactly torch's, its forward is torch's, and n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -171,34 +172,6 @@ def _plain(activation: Activation) -> Callable[[], Activation]:
     return lambda: activation
 
 
-def _functional_max_pool(spatial: int) -> Callable[..., Pool | str]:
-    def read(
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Pool | str:
-        return max_pool(spatial, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-
-    return read
-
-
-def _functional_avg_pool(spatial: int) -> Callable[..., Pool | str]:
-    def read(
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: Any = None,
-    ) -> Pool | str:
-        return avg_pool(spatial, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-
-    return read
-
-
 ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
     F.relu: _relu,
     F.leaky_relu: _leaky_relu,
@@ -221,16 +194,16 @@ ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
     "sigmoid_": _plain(SIGMOID),
 }
 POOL_FUNCTIONS: dict[Any, Callable[..., Pool | str]] = {
-    F.max_pool1d: _functional_max_pool(1),
-    F.max_pool2d: _functional_max_pool(2),
-    F.max_pool3d: _functional_max_pool(3),
-    torch.max_pool1d: _functional_max_pool(1),
-    torch.max_pool2d: _functional_max_pool(2),
-    torch.max_pool3d: _functional_max_pool(3),
-    F.avg_pool1d: _functional_avg_pool(1),
-    F.avg_pool2d: _functional_avg_pool(2),
-    F.avg_pool3d: _functional_avg_pool(3),
-    torch.avg_pool1d: _functional_avg_pool(1),
+    F.max_pool1d: partial(max_pool, 1),
+    F.max_pool2d: partial(max_pool, 2),
+    F.max_pool3d: partial(max_pool, 3),
+    torch.max_pool1d: partial(max_pool, 1),
+    torch.max_pool2d: partial(max_pool, 2),
+    torch.max_pool3d: partial(max_pool, 3),
+    F.avg_pool1d: partial(avg_pool, 1),
+    F.avg_pool2d: partial(avg_pool, 2),
+    F.avg_pool3d: partial(avg_pool, 3),
+    torch.avg_pool1d: partial(avg_pool, 1),
 }
 
 
