@@ -321,21 +321,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    built = built_here(name, provider)
     with torch.no_grad():
-        benchmark(built.infer)
+        benchmark(peers.built_here(workload(name), provider).infer)
 
 
 def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(built_here(name, provider).train)
-
-
-def built_here(name: str, provider: str) -> peers.Built:
-    """In this process: these providers share torch's pool of threads, so none spins beside another."""
-    import pytest
-
-    case, chosen = workload(name), peers.PROVIDERS[provider]
-    reason = chosen.why_not(case)
-    if reason:
-        pytest.skip(reason)
-    return chosen.build(case, torch.get_num_threads())
+    benchmark(peers.built_here(workload(name), provider).train)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -47,7 +47,7 @@ class Workload(Protocol):
     def overhead(self, seconds: float, threads: int) -> dict[str, float]: ...
 
 
-@dataclass
+@dataclasses.dataclass
 class Built:
     """A provider ready to run: `infer` returns what `tensor` turns into a torch tensor; `train` returns the
     gradients of all inputs and then of all parameters."""
@@ -55,10 +55,11 @@ class Built:
     infer: Callable[[], Any]
     tensor: Callable[[Any], Tensor] = lambda y: y
     train: Callable[[], Sequence[Tensor]] | None = None
-    keep: list[Any] = field(default_factory=list)  # what must outlive the closures, such as pinned buffers
+    # What must outlive the closures, such as pinned buffers.
+    keep: list[Any] = dataclasses.field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Provider:
     name: str
     package: str  # its distribution, for the version and for the sentence when it is missing
@@ -155,6 +156,19 @@ def ours_highest(workload: Workload, threads: int) -> Built:
     return ours(workload, threads)
 
 
+def ours_half_weights(workload: Any, threads: int) -> Built:
+    module, inputs = prepared(workload, channels_last=False)
+    return dataclasses.replace(
+        torch_built(workload, workload.ours_half_weights(module.eval()), inputs), train=None
+    )
+
+
+def ours_padded(workload: Any, threads: int) -> Built:
+    """The padding of ragged sequences computed like the rest."""
+    module, inputs = prepared(workload, channels_last=False)
+    return torch_built(workload, workload.ours_padded(module), inputs)
+
+
 def onnxruntime(workload: Workload, threads: int) -> Built:
     import onnxruntime as ort
 
@@ -213,6 +227,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("interfuse_channels_last", "interfuse", ours_channels_last, ours=True,
                  layout="channels_last"),
         Provider("interfuse_highest", "interfuse", ours_highest, ours=True, dtypes=_F32),
+        Provider("interfuse_half_weights", "interfuse", ours_half_weights, ours=True, trains=False,
+                 dtypes=_F32, weights=torch.bfloat16),
+        Provider("interfuse_padded", "interfuse", ours_padded, ours=True),
         Provider("eager", "torch", eager),
         Provider("channels_last", "torch", eager_channels_last, layout="channels_last"),
         Provider("compile", "torch", compiled),
@@ -223,6 +240,18 @@ PROVIDERS: dict[str, Provider] = {
         Provider("openvino", "openvino", openvino, trains=False, dtypes=_F32, needs=("openvino", *_ONNX)),
     ]
 }  # fmt: skip
+
+
+def built_here(workload: Workload, provider: str) -> Built:
+    """In this process, for pytest-benchmark: torch's providers share its pool of threads, so none spins
+    beside another."""
+    import pytest
+
+    chosen = PROVIDERS[provider]
+    reason = chosen.why_not(workload)
+    if reason:
+        pytest.skip(reason)
+    return chosen.build(workload, torch.get_num_threads())
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -9,10 +9,11 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
-from interfuse.bench import compare, conv_pool, gpu, noise, peers, report, roofline, workers
+from interfuse.bench import compare, conv_pool, gpu, noise, peers, report, rnn, roofline, workers
 
 from interfuse import cli, terminal
 
@@ -136,22 +137,29 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert peers.PROVIDERS["eager"].why_not(conv_pool.workload(QUICK)) is None
 
 
-@pytest.mark.parametrize("name", conv_pool.names(further=True, quick=True))
-@pytest.mark.parametrize("provider", ["interfuse", "interfuse_channels_last", "onnxruntime", "openvino"])
-def test_every_provider_computes_what_torch_computes(name: str, provider: str) -> None:
-    workload = conv_pool.workload(name)
-    reason = peers.PROVIDERS[provider].why_not(workload)
+EVERY = [
+    *((conv_pool, name, provider) for name in conv_pool.names(further=True, quick=True)
+      for provider in ("interfuse", "interfuse_channels_last", "onnxruntime", "openvino")),
+    *((rnn, name, provider) for name in rnn.names(further=False, quick=True)
+      for provider in ("interfuse", "interfuse_half_weights", "onnxruntime", "openvino")),
+    (rnn, "ragged-b32@tiny", "interfuse_padded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name", "provider"), EVERY, ids=[f"{n}-{p}" for _, n, p in EVERY])
+def test_every_provider_computes_what_torch_computes(op: Any, name: str, provider: str) -> None:
+    workload, chosen = op.workload(name), peers.PROVIDERS[provider]
+    reason = chosen.why_not(workload)
     if reason:
         pytest.skip(reason)
-    built = peers.PROVIDERS[provider].build(workload, 1)
+    built = chosen.build(workload, 1)
     truth = peers.truth(workload, train=provider == "interfuse")
+    wrong = peers.WRONG[chosen.weights or workload.dtype]
     with torch.no_grad():
-        assert (
-            peers.relative_error(built.tensor(built.infer()), truth["output"]) < peers.WRONG[workload.dtype]
-        )
+        assert peers.relative_error(built.tensor(built.infer()), truth["output"]) < wrong
     if provider == "interfuse" and built.train is not None:
         for gradient, right in zip(built.train(), truth["gradients"], strict=True):
-            assert peers.relative_error(gradient, right) < peers.WRONG[workload.dtype]
+            assert peers.relative_error(gradient, right) < wrong
 
 
 def test_nothing_is_timed_whose_answer_is_wrong(tmp_path: pathlib.Path) -> None:
@@ -260,15 +268,18 @@ def test_a_bar_is_met_or_missed(measured: float | None, at_least: bool, met: boo
     assert bar.sentence().startswith("met" if met else "MISSED")
 
 
-def test_a_quick_run_of_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "conv_pool", "--quick", "--case", QUICK, "--threads", "1", "--out", str(tmp_path)]
+@pytest.mark.parametrize(("op", "case"), [("conv_pool", QUICK), ("rnn", "ragged-b32@tiny")])
+def test_a_quick_run_of_the_command(
+    op: str, case: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", op, "--quick", "--case", case, "--threads", "1", "--out", str(tmp_path)]
     for provider in ("interfuse", "eager", "onnxruntime"):
         arguments += ["--provider", provider]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    saved = json.loads((tmp_path / "bench_conv_pool.json").read_text())
+    saved = json.loads((tmp_path / f"bench_{op}.json").read_text())
     [row] = saved["rows"]
-    assert row["case"] == QUICK
+    assert row["case"] == case
     assert {"interfuse", "eager"} <= row["inference"]["times"].keys()
     assert {"onnxruntime"} <= row["inference"]["times"].keys() | row["missing"].keys()
     assert row["training"]["times"].keys() == {"interfuse", "eager"}
