@@ -20,6 +20,7 @@ def test_doctor_prints_what_is_there(capsys: pytest.CaptureFixture[str]) -> None
     assert f"torch {torch.__version__}" in text
     assert "instruction set" in text
     assert "back ends of conv_pool:" in text
+    assert "back ends of rnn:" in text
     assert "native on cpu: ready" in text
     assert "Everything is in order." in text
 
@@ -29,7 +30,8 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["native"]["isa"] in found["native"]["isas"]
     assert found["threads"]["torch"] == torch.get_num_threads()
-    assert all(row["reason"] is None or row["reason"].endswith(".") for row in found["backends"]["conv_pool"])
+    for rows in found["backends"].values():
+        assert all(row["reason"] is None or row["reason"].endswith(".") for row in rows)
 
 
 def test_doctor_names_what_is_wrong() -> None:

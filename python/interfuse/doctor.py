@@ -7,11 +7,16 @@ import importlib.metadata
 import os
 import platform
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import interfuse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interfuse.dispatch import Implementation
 
 PEERS = ("onnx", "onnxruntime", "openvino", "matplotlib", "pytest-benchmark")
 
@@ -54,22 +59,35 @@ def native() -> dict[str, Any]:
 
 def backends() -> dict[str, list[dict[str, str | None]]]:
     """For each op and device every implementation of its table, with None or why it cannot run here."""
-    from interfuse.ops._conv_pool_checks import Options, check, resolve
-    from interfuse.ops.conv_pool import IMPLEMENTATIONS
+    from interfuse.ops import _conv_pool_checks as conv_pool_checks
+    from interfuse.ops import _rnn_checks as rnn_checks
+    from interfuse.ops.conv_pool import IMPLEMENTATIONS as conv_pool  # noqa: N811
+    from interfuse.ops.rnn import IMPLEMENTATIONS as rnn  # noqa: N811
 
-    options = Options(1, 0, 1, 1, "zeros", "relu", 0.01, "max", 2, None, 0, False, True, None)
-    parameters = resolve((3, 3), options, interfuse.get_precision())
-    plain = check(torch.empty(1, 3, 8, 8), torch.empty(8, 3, 3, 3), None, parameters, save=False)
-    rows: list[dict[str, str | None]] = []
-    for device in ("cpu", "cuda"):
-        problem = dataclasses.replace(plain, device=torch.device(device))
-        no_device = None
-        if device == "cuda" and not torch.cuda.is_available():
-            no_device = "torch finds no CUDA device here."
-        for implementation in IMPLEMENTATIONS:
-            reason = no_device or implementation.why_not(problem)
-            rows.append({"backend": implementation.name, "device": device, "reason": reason})
-    return {"conv_pool": rows}
+    options = conv_pool_checks.Options(
+        1, 0, 1, 1, "zeros", "relu", 0.01, "max", 2, None, 0, False, True, None
+    )
+    parameters = conv_pool_checks.resolve((3, 3), options, interfuse.get_precision())
+    image, kernels = torch.empty(1, 3, 8, 8), torch.empty(8, 3, 3, 3)
+    sequence, weights = torch.empty(3, 1, 8), [torch.empty(32, 8), torch.empty(32, 8)]
+    lstm = rnn_checks.RnnParams("lstm")
+    plain: dict[str, tuple[Sequence[Implementation], Any]] = {
+        "conv_pool": (conv_pool, conv_pool_checks.check(image, kernels, None, parameters, save=False)),
+        "rnn": (rnn, rnn_checks.check(sequence, None, None, None, None, weights, lstm, save=False)),
+    }
+    rows: dict[str, list[dict[str, str | None]]] = {}
+    for op, (implementations, example) in plain.items():
+        for device in ("cpu", "cuda"):
+            problem = dataclasses.replace(example, device=torch.device(device))
+            no_device = None
+            if device == "cuda" and not torch.cuda.is_available():
+                no_device = "torch finds no CUDA device here."
+            for implementation in implementations:
+                reason = no_device or implementation.why_not(problem)
+                rows.setdefault(op, []).append(
+                    {"backend": implementation.name, "device": device, "reason": reason}
+                )
+    return rows
 
 
 def openmp_runtimes() -> list[str]:
