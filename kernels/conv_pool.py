@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from interfuse.kernels import conv_pool_launches as plan
-from interfuse.kernels.launch import interpreting, on_device_of
+from interfuse.kernels.launch import device_why_not, on_device_of
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
@@ -25,32 +24,10 @@ if TYPE_CHECKING:
 
     from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem
 
-# Oldest GPU generation with the asynchronous copies and bfloat16 units that the tiles are sized for.
-OLDEST_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def why_not(problem: ConvPoolProblem) -> str | None:
     """The sentence that says why these kernels cannot run the problem, or None."""
-    if problem.dtype not in DTYPES:
-        return (
-            f"the Triton kernels compute in float32, bfloat16 and float16; the tensors are {problem.dtype}."
-        )
-    if problem.device.type == "cpu":
-        if interpreting():
-            return None
-        return "Triton kernels run on a CUDA device; the tensors are on the CPU."
-    if problem.device.type != "cuda":
-        return f"Triton kernels run on a CUDA device; the tensors are on {problem.device}."
-    if torch.version.hip is not None:
-        return "the Triton kernels are written and tuned for NVIDIA GPUs; this is a ROCm build of torch."
-    capability = torch.cuda.get_device_capability(problem.device)
-    if capability < OLDEST_CAPABILITY:
-        return (
-            f"the Triton kernels need a GPU of compute capability 8.0 (Ampere) or newer; "
-            f"{torch.cuda.get_device_name(problem.device)} has {capability[0]}.{capability[1]}."
-        )
-    return None
+    return device_why_not(problem.device, problem.dtype)
 
 
 def forward(

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, activation_gradient
+from .products import dot
 
 
 @triton.jit
@@ -39,14 +40,6 @@ def _place(flat, size_d, size_h, size_w):
 @triton.jit
 def _within(d, h, w, size_d, size_h, size_w):
     return (d >= 0) & (d < size_d) & (h >= 0) & (h < size_h) & (w >= 0) & (w < size_w)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -198,7 +191,7 @@ def forward(
                     mask=row_ok[:, None] & (c < CHANNELS)[None, :],
                     other=0.0,
                 )
-                acc = _dot(a, b, acc, PRECISION, WIDEN)
+                acc = dot(a, b, acc, PRECISION, WIDEN)
         else:
             for step in range(TAPS * BLOCKS):
                 tap = step // BLOCKS
@@ -220,7 +213,7 @@ def forward(
                     mask=row_ok[:, None] & (c < CHANNELS)[None, :],
                     other=0.0,
                 )
-                acc = _dot(a, b, acc, PRECISION, WIDEN)
+                acc = dot(a, b, acc, PRECISION, WIDEN)
         acc += shift[:, None]
         value = acc
         if not POOL_FIRST:
@@ -424,7 +417,7 @@ def input_gradient(
             mask=row_ok[:, None] & (k < limit)[None, :],
             other=0.0,
         )
-        acc = _dot(a, b, acc, PRECISION, WIDEN)
+        acc = dot(a, b, acc, PRECISION, WIDEN)
     spot = n * x_n + ((xd * in_h + xh) * in_w + xw) * x_p
     spot = spot[None, :] + ((group * CHANNELS + rows) * x_c)[:, None]
     tl.store(out + spot, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & inside[None, :])
@@ -513,7 +506,7 @@ def weight_gradient(
             ok = (live & _within(xd + td, xh + th, xw + tw, in_d, in_h, in_w))[:, None]
             at = (n * x_n + (xd + td) * x_d + (xh + th) * x_h + (xw + tw) * x_w)[:, None]
         b = tl.load(x + at + ((group * CHANNELS + c) * x_c)[None, :], mask=ok & col_ok[None, :], other=0.0)
-        acc = _dot(a, b, acc, PRECISION, WIDEN)
+        acc = dot(a, b, acc, PRECISION, WIDEN)
     spot = ((split * GROUPS * FILTERS + filters) * (CHANNELS * TAPS))[:, None] + r[None, :]
     tl.store(out + spot, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 

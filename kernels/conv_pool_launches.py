@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from interfuse.kernels import conv_pool_kernels as kernels
-from interfuse.kernels.launch import Launch, Tile, allows_tf32, interpreting, multiprocessors, reach
+from interfuse.kernels.launch import (
+    Launch,
+    Tile,
+    allows_tf32,
+    interpreting,
+    multiprocessors,
+    power_of_two,
+    reach,
+)
 
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops._conv_pool_problem import memory_format
@@ -157,11 +165,6 @@ def _arithmetic(dtype: torch.dtype, params: ConvPoolParams) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _power_of_two(value: int, least: int, most: int) -> int:
-    """The smallest power of two that holds `value`, between two of them."""
-    return min(most, max(least, 1 << (max(value, 1) - 1).bit_length()))
-
-
 @dataclass(frozen=True)
 class Product:
     """A matrix product as tiles are chosen for it."""
@@ -225,12 +228,12 @@ def candidates(product: Product) -> list[Tile]:
     """At most four tiles worth trying, the likeliest first; none spills on the architectures tested."""
     vector_units = product.dtype == torch.float32 and product.arithmetic == "ieee"
     most = 64 if product.heavy or vector_units else 128
-    rows, cols = _power_of_two(product.rows, 16, most), _power_of_two(product.cols, 16, most)
+    rows, cols = power_of_two(product.rows, 16, most), power_of_two(product.cols, 16, most)
     if vector_units:
         depth, stages = 16, 2
     else:
         deep = 64 if product.dtype != torch.float32 and rows >= 64 and not product.heavy else 32
-        depth, stages = _power_of_two(product.depth, 16, deep), 3
+        depth, stages = power_of_two(product.depth, 16, deep), 3
     # Accumulators that a thread may hold beside everything else that it has in registers.
     share = 8 if product.kernel == "weight_gradient" else 16 if product.heavy else 32
 
@@ -490,7 +493,7 @@ def weight_gradient_launches(
 
 def bias_gradient_launches(problem: ConvPoolProblem, gradient: Gradient, grad_bias: Tensor) -> list[Launch]:
     pixels = problem.batch * gradient.pixels
-    rows = _power_of_two(problem.out_channels, 1, 32 if problem.channels_last else 4)
+    rows = power_of_two(problem.out_channels, 1, 32 if problem.channels_last else 4)
     cols = 1024 // rows
     programs = math.ceil(problem.out_channels / rows)
     splits = _splits(programs, math.ceil(pixels / cols), grad_bias.device)

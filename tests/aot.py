@@ -1,10 +1,13 @@
-"""Compiling a Triton launch for a GPU that is not here, and reading what the compiler used."""
+"""Compiling Triton launches for GPUs that are not here, and the record of what the compiler used."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +18,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from interfuse.kernels.launch import Launch
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+ARCHITECTURES = (80, 90, 100)
+RECORDS = Path(__file__).resolve().parent.parent / "bench" / "results"
+
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
 MATRIX_UNITS = r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b"
 
 
@@ -58,7 +72,7 @@ def resources(launch: Launch, architecture: int) -> dict[str, int]:
     compiled = triton.compile(
         source(launch),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True},
+        options=launch.options(),
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -83,3 +97,29 @@ def resources(launch: Launch, architecture: int) -> dict[str, int]:
 def _disassemble(option: str, cubin: Path) -> str:
     tool = triton.knobs.nvidia.cuobjdump.path
     return subprocess.run([tool, option, str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def used(launch: Launch, architecture: int) -> dict[str, int]:
+    """What the record says of a kernel: its blocks, and its resources."""
+    blocks = ("ROWS", "COLS", "UNITS", "DEPTH")
+    tile = {name.lower(): launch.constants[name] for name in blocks if name in launch.constants}
+    return {**tile, "warps": launch.warps, "stages": launch.stages, **resources(launch, architecture)}
+
+
+def compile_all(
+    rows: Iterable[str], compile_row: Callable[[str], dict[str, int]], processes: int = 2
+) -> dict[str, dict[str, int]]:
+    """{row: what it uses} of every row, in their order."""
+    rows = list(rows)
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        return dict(zip(rows, pool.map(compile_row, rows), strict=True))
+
+
+def write_record(path: Path, compiled: dict[str, dict[str, int]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = [f"    {json.dumps(row)}: {json.dumps(found)}" for row, found in compiled.items()]
+    path.write_text(
+        f'{{\n  "triton": "{triton.__version__}",\n  "rows": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+    )
+    print(f"{len(lines)} kernels -> {path}")

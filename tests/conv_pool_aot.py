@@ -7,16 +7,11 @@ The record stands in bench/results/triton_resources.json.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import triton
-from aot import resources
+from aot import ARCHITECTURES, RECORDS, compile_all, used, write_record
 from interfuse.cases.conv_pool import CASES
 from interfuse.kernels import conv_pool_launches as plan
 
@@ -26,8 +21,7 @@ from interfuse.ops._conv_pool_problem import empty_gradients, empty_outputs
 if TYPE_CHECKING:
     from interfuse.kernels.launch import Launch
 
-RECORD = Path(__file__).resolve().parent.parent / "bench" / "results" / "triton_resources.json"
-ARCHITECTURES = (80, 90, 100)
+RECORD = RECORDS / "triton_resources.json"
 
 
 @dataclass(frozen=True)
@@ -93,22 +87,8 @@ def launches(step: Step) -> list[Launch]:
 def compile_row(row: str) -> dict[str, int]:
     step, kernel, architecture = ROWS[row]
     launch = next(launch for launch in launches(step) if launch.kernel.__name__ == kernel)
-    tile = {
-        name.lower(): launch.constants[name] for name in ("ROWS", "COLS", "DEPTH") if name in launch.constants
-    }
-    return {**tile, "warps": launch.warps, "stages": launch.stages, **resources(launch, architecture)}
-
-
-def compile_all(processes: int = 2) -> dict[str, dict[str, int]]:
-    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(processes, spawn) as pool:
-        return dict(zip(ROWS, pool.map(compile_row, ROWS), strict=True))
+    return used(launch, architecture)
 
 
 if __name__ == "__main__":
-    RECORD.parent.mkdir(exist_ok=True)
-    lines = [f"    {json.dumps(row)}: {json.dumps(used)}" for row, used in compile_all().items()]
-    RECORD.write_text(
-        f'{{\n  "triton": "{triton.__version__}",\n  "rows": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
-    )
-    print(f"{len(lines)} kernels -> {RECORD}")
+    write_record(RECORD, compile_all(ROWS, compile_row))

@@ -12,13 +12,14 @@ pytest.importorskip("triton", reason="triton is not installed.")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("The compiler is not there when kernels are interpreted.", allow_module_level=True)
 
+import aot
 import conv_pool_aot
 import triton
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, int]]:
-    return conv_pool_aot.compile_all()
+    return aot.compile_all(conv_pool_aot.ROWS, conv_pool_aot.compile_row)
 
 
 @pytest.fixture(scope="module")

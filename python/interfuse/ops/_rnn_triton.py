@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from interfuse.ops import _triton
@@ -21,11 +20,7 @@ def _kernels() -> Any:
 
 def why_not(problem: RnnProblem) -> str | None:
     reason = _triton.why_not(problem.device)
-    if reason is not None:
-        return reason
-    if find_spec("interfuse.kernels.rnn") is None:
-        return "this build has no Triton kernels for recurrent layers."
-    return _kernels().why_not(problem)
+    return reason if reason is not None else _kernels().why_not(problem)
 
 
 def reserve_row(problem: RnnProblem) -> int:

@@ -1,0 +1,206 @@
+"""rnn on a GPU: what the op calls to run the Triton kernels, and when it cannot.
+
+rnn_launches.py lists the launches of a problem, rnn_kernels.py and rnn_backward_kernels.py hold the kernels.
+Nothing here waits for the device: lengths and ids are read by kernels alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from interfuse.kernels import rnn_launches as plan
+from interfuse.kernels.launch import device_why_not, on_device_of
+
+from interfuse.ops._rnn_problem import empty_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from interfuse.ops._rnn_problem import Four, RnnProblem
+
+# Weights are indexed with 32 bits.
+MOST_WEIGHTS = 2**31 - 2**24
+
+reserve_row = plan.reserve_row
+
+
+def why_not(problem: RnnProblem) -> str | None:
+    """The sentence that says why these kernels cannot run the problem, or None."""
+    reason = device_why_not(problem.device, problem.dtype)
+    if reason is not None:
+        return reason
+    rows = problem.directions * problem.gates * problem.hidden_size
+    most = rows * max(problem.input_size, problem.directions * problem.output_size)
+    if most > MOST_WEIGHTS:
+        return (
+            f"the Triton kernels index a layer's weights with 32 bits, which allows {MOST_WEIGHTS} elements; "
+            f"a layer here has {most}."
+        )
+    return None
+
+
+def run(
+    problem: RnnProblem,
+    x: Tensor,
+    table: Tensor | None,
+    lengths: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> Four:
+    """(y, hn, cn, reserve) as the registered op returns them."""
+    p = problem
+    y, hn, cn, reserve = empty_outputs(p, reserve_row(p))
+    with on_device_of(x):
+        layers = plan.kept(p, y, reserve) if p.save else plan.scratch(p, y)
+        pre = torch.empty(
+            p.batch * p.steps * p.directions * p.gates * p.hidden_size, dtype=torch.float32, device=p.device
+        )
+        inputs = plan.first_inputs(p, x, table)
+        for number, layer in enumerate(layers):
+            if p.ragged:
+                zero_past_the_ends(layer)
+            runs = plan.run_weights(p, weights, number)
+            for direction, run in enumerate(runs):
+                plan.input_launch(p, inputs, run, direction, lengths, pre).run()
+            own = slice(number * p.directions, (number + 1) * p.directions)
+            states = (h0[own] if h0 is not None else None, c0[own] if c0 is not None else None)
+            final = (hn[own], cn[own] if p.cell == "lstm" else None)
+            plan.forward_launch(p, runs, layer, pre, lengths, *states, *final).run()
+            inputs = plan.inner_inputs(p, layer.y, number + 1)
+    return y, hn, cn, reserve
+
+
+def zero_past_the_ends(layer: plan.Kept) -> None:
+    """Where no step comes: y is zero by contract, and what products over all tokens read must be finite."""
+    layer.y.zero_()
+    if layer.middle is not None:
+        layer.middle.zero_()
+
+
+def run_backward(
+    problem: RnnProblem,
+    grad_y: Tensor | None,
+    grad_hn: Tensor | None,
+    grad_cn: Tensor | None,
+    x: Tensor,
+    table: Tensor | None,
+    lengths: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    reserve: Tensor,
+    mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x (or of the table's rows that x chose), h0, c0 and the weights; None where not wanted."""
+    p = problem
+    found: list[Tensor | None] = [None] * len(mask)
+    for place, states in ((1, h0), (2, c0)):
+        if mask[place] and states is not None:
+            found[place] = torch.empty_like(states)
+    grad_y = None if grad_y is None else grad_y.contiguous()
+    with on_device_of(x):
+        layers = plan.kept(p, y, reserve)
+        for number in reversed(range(p.layers)):
+            own = slice(number * p.directions, (number + 1) * p.directions)
+            h0_, c0_, hn_, cn_, *out = (
+                None if t is None else t[own].contiguous() for t in (h0, c0, grad_hn, grad_cn, *found[1:3])
+            )
+            cn_ = cn_ if p.cell == "lstm" else None
+            grads, grad_out = empty_token_gradients(p)
+            runs = plan.run_weights(p, weights, number)
+            plan.backward_launch(
+                p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out
+            ).run()
+            flat = slice(3 + own.start * p.weights_per_run, 3 + own.stop * p.weights_per_run)
+            if any(mask[flat]):
+                if number == 0:
+                    inputs = plan.first_inputs(p, x, table)
+                else:
+                    inputs = plan.inner_inputs(p, layers[number - 1].y, number)
+                rows = input_rows(p, inputs, lengths)
+                every = weight_gradients(p, rows, layers[number], lengths, h0_, grads, grad_out)
+                found[flat] = [grad if yes else None for grad, yes in zip(every, mask[flat], strict=True)]
+            if number > 0 or mask[0]:
+                grad_y = input_gradient(p, runs, grads)
+    if mask[0] and grad_y is not None:
+        found[0] = grad_y.view(p.sequence_shape(p.input_size))
+    return found
+
+
+def empty_token_gradients(problem: RnnProblem) -> tuple[Tensor, Tensor | None]:
+    """For gradients before the gates (tokens, directions, slots * hidden), and of projections."""
+    p = problem
+    make = torch.zeros if p.ragged else torch.empty  # no kernel writes past the ends
+
+    def rows(size: int) -> Tensor:
+        return make((p.batch * p.steps, p.directions, size), dtype=p.dtype, device=p.device)
+
+    return rows((4 if p.gates > 1 else 1) * p.hidden_size), rows(p.proj_size) if p.proj_size else None
+
+
+def input_rows(problem: RnnProblem, inputs: plan.Inputs, lengths: Tensor | None) -> Tensor:
+    """The input as (tokens, size) in one piece, zero past the ends; where it is that already, itself."""
+    p = problem
+    shape = (p.batch * p.steps, inputs.size)
+    dense = (inputs.inner * inputs.size, inputs.size)
+    in_one_piece = inputs.ids is None and inputs.x_strides == dense
+    if in_one_piece and (lengths is None or inputs.ends_are_zero):
+        return inputs.x.view(shape)
+    out = torch.empty(shape, dtype=p.dtype, device=p.device)
+    plan.dense_inputs_launch(p, inputs, lengths, out).run()
+    return out
+
+
+def at_inputs(problem: RnnProblem, grads: Tensor, direction: int) -> Tensor:
+    """One direction's gradients at the input's side of the gates, as (tokens, gates * hidden)."""
+    return grads[:, direction, : problem.gates * problem.hidden_size]
+
+
+def at_states(problem: RnnProblem, grads: Tensor, direction: int) -> Tensor:
+    """The same at the recurrent side."""
+    return grads[:, direction, -problem.gates * problem.hidden_size :]
+
+
+def input_gradient(problem: RnnProblem, runs: Sequence[plan.RunWeights], grads: Tensor) -> Tensor:
+    """(tokens, input): products over the gates, added over the directions in order."""
+    p = problem
+    # A GRU's gates stand in these gradients as n r z.
+    weights = [run.w_ih.roll(p.hidden_size, 0) if p.cell == "gru" else run.w_ih for run in runs]
+    found = at_inputs(p, grads, 0) @ weights[0]
+    if p.directions == 2:
+        found = torch.addmm(found, at_inputs(p, grads, 1), weights[1])
+    return found
+
+
+def weight_gradients(
+    problem: RnnProblem,
+    rows: Tensor,
+    layer: plan.Kept,
+    lengths: Tensor | None,
+    h0: Tensor | None,
+    grads: Tensor,
+    grad_out: Tensor | None,
+) -> list[Tensor]:
+    """Of a layer's parameters, in their flat order: products and sums over all tokens."""
+    p = problem
+    before = torch.empty((p.batch * p.steps, p.directions, p.output_size), dtype=p.dtype, device=grads.device)
+    plan.previous_states_launch(p, layer.y, lengths, h0, before).run()
+    found = []
+    for direction in range(p.directions):
+        left, right = at_inputs(p, grads, direction), at_states(p, grads, direction)
+        w_ih, w_hh = left.t() @ rows, right.t() @ before[:, direction]
+        b_ih, b_hh = left.sum(0), right.sum(0)
+        if p.cell == "gru":
+            w_ih, b_ih = w_ih.roll(-p.hidden_size, 0), b_ih.roll(-p.hidden_size, 0)
+        found += [w_ih, w_hh]
+        if p.bias:
+            found += [b_ih, b_hh]
+        if grad_out is not None and layer.middle is not None:
+            middle = layer.middle.view(before.shape[0], p.directions, p.hidden_size)
+            found.append(grad_out[:, direction].t() @ middle[:, direction])
+    return found
