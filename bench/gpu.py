@@ -1,6 +1,6 @@
-"""conv_pool's Triton kernels on a CUDA device against cuDNN: eager, channels_last and torch.compile.
+"""The Triton kernels on a CUDA device against cuDNN: eager, channels_last and torch.compile.
 
-    python -m interfuse.bench.gpu [--out out] [--json]
+    python -m interfuse.bench.gpu [--op rnn] [--out out] [--json]
 
 Times are CUDA events around a run of calls whose inputs rotate through more memory than the L2 cache holds,
 so that no call finds its input there because the last one left it. The providers run in one process, in turn:
@@ -10,6 +10,7 @@ on a GPU they share no thread pools.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pathlib
 import statistics
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench import peers
-from interfuse.bench.conv_pool import ConvPoolWorkload, names, workload
 from torch import Tensor, nn
 
 from interfuse.terminal import Progress, milliseconds, table
@@ -26,22 +26,28 @@ from interfuse.terminal import Progress, milliseconds, table
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from interfuse.bench.peers import Workload
+
+OPS = ("conv_pool", "rnn")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDS = 5
 WRONG = {
     torch.float32: 5e-3,
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,
-}  # float32 convolutions of cuDNN use TF32
+}  # in float32 cuDNN uses TF32
 
 
-def providers(load: ConvPoolWorkload, dtype: torch.dtype) -> dict[str, tuple[nn.Module, bool]]:
+def providers(load: Workload, dtype: torch.dtype) -> dict[str, tuple[nn.Module, bool]]:
     """{name: (module, whether its input is channels_last)}, all with the same parameters."""
     plain = load.module().to("cuda", dtype)
     last = load.module().to("cuda", dtype)
     last = last.to(memory_format=load.channels_last) if load.channels_last else last
     fused = load.ours(load.module().to("cuda", dtype))
-    return {
+    lengths = getattr(fused, "lengths", None)
+    if lengths is not None:  # where the kernels read them; torch packs by lengths on the CPU
+        fused.lengths = lengths.to("cuda")
+    found = {
         "interfuse": (fused, False),
         "interfuse_channels_last": (fused, True),
         "eager": (plain, False),
@@ -49,11 +55,15 @@ def providers(load: ConvPoolWorkload, dtype: torch.dtype) -> dict[str, tuple[nn.
         "compile": (torch.compile(last, dynamic=False), True),
         "compile_max_autotune": (torch.compile(last, dynamic=False, mode="max-autotune"), True),
     }
+    if load.channels_last is None:
+        del found["interfuse_channels_last"], found["channels_last"]
+    return found
 
 
-def rotating(load: ConvPoolWorkload, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
+def rotating(load: Workload, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
     """Copies of the input that together are twice as large as the L2 cache, and at least two."""
-    x = load.inputs()[0].to("cuda", dtype)
+    x = load.inputs()[0].to("cuda")
+    x = x.to(dtype) if x.is_floating_point() else x
     if channels_last and load.channels_last:
         x = x.contiguous(memory_format=load.channels_last)
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
@@ -77,14 +87,15 @@ def training_step(module: nn.Module, x: Tensor) -> Callable[[Tensor], object]:
     grad_y = torch.ones_like(module(x))
 
     def step(x: Tensor) -> object:
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(module(leaf), [leaf, *parameters], grad_y)
+        leaf = x.detach().requires_grad_(x.is_floating_point())
+        wanted = [leaf, *parameters] if leaf.requires_grad else parameters
+        return torch.autograd.grad(module(leaf), wanted, grad_y)
 
     return step
 
 
-def measure(load: ConvPoolWorkload, dtype: torch.dtype, tick: Callable[[str], None]) -> dict[str, Any]:
-    truth = load.module().double().to("cuda")(load.inputs()[0].double().to("cuda")).detach()
+def measure(load: Workload, dtype: torch.dtype, tick: Callable[[str], None]) -> dict[str, Any]:
+    truth = load.module().double().to("cuda")(rotating(load, torch.float64, False)[0]).detach()
     row: dict[str, Any] = {
         "case": load.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -128,7 +139,7 @@ def timed(step: Callable[[Tensor], object], inputs: list[Tensor]) -> float:
 
 
 def text(report: dict[str, Any]) -> str:
-    blocks = [f"conv_pool on {report['device']}, torch {report['torch']}, CUDA {report['cuda']}"]
+    blocks = [f"{report['op']} on {report['device']}, torch {report['torch']}, CUDA {report['cuda']}"]
     columns = list(dict.fromkeys(name for row in report["rows"] for name in row["errors"]))
     for mode in ("inference", "training"):
         lines = []
@@ -152,30 +163,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m interfuse.bench.gpu", description=(__doc__ or "").split("\n")[0]
     )
     options.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the JSON")
-    options.add_argument("--case", action="append", choices=names(True, False), help="not the bars' rows")
+    options.add_argument("--op", action="append", choices=OPS, help="not all of them")
+    options.add_argument("--case", action="append", help="not the bars' rows; with one --op")
     options.add_argument("--json", action="store_true", help="print JSON instead of text")
     arguments = options.parse_args(argv)
     if not torch.cuda.is_available():
         print("There is no CUDA device that torch can use here, so nothing was timed.", file=sys.stderr)
         return 2
-    cases = arguments.case or names(further=False, quick=False)
+    ops = arguments.op or OPS
+    if arguments.case and len(ops) > 1:
+        options.error("--case names rows of one op; add --op.")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for op in ops:
+        report = run(op, arguments.case)
+        (arguments.out / f"bench_gpu_{op}.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report, indent=1) if arguments.json else text(report))
+    return 0
+
+
+def run(op: str, cases: Sequence[str] | None) -> dict[str, Any]:
+    bench = importlib.import_module(f"interfuse.bench.{op}")
+    cases = cases or bench.names(further=False, quick=False)
     rows = []
     with Progress(len(cases) * len(DTYPES) * 6) as progress:
         for name in cases:
             for dtype in DTYPES:
                 torch.compiler.reset()
-                rows.append(measure(workload(name), dtype, progress.step))
-    report = {
-        "op": "conv_pool",
+                rows.append(measure(bench.workload(name), dtype, progress.step))
+    return {
+        "op": op,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "rows": rows,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_gpu_conv_pool.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1) if arguments.json else text(report))
-    return 0
 
 
 if __name__ == "__main__":

@@ -324,15 +324,16 @@ def test_the_gpu_table_names_what_was_not_timed() -> None:
         "inference": times,
         "training": times,
     }
-    text = gpu.text({"device": "a GPU", "torch": "2", "cuda": "13", "rows": [row]})
+    text = gpu.text({"op": "conv_pool", "device": "a GPU", "torch": "2", "cuda": "13", "rows": [row]})
     assert "3.00x" in text
     assert "not timed: first-224 float16, compile: RuntimeError: no compiler" in text
 
 
 @pytest.mark.gpu
-def test_the_gpu_benchmark_times_a_case(tmp_path: pathlib.Path) -> None:
-    assert gpu.main(["--case", "small-32", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "bench_gpu_conv_pool.json").read_text())["rows"]
+@pytest.mark.parametrize(("op", "case"), [("conv_pool", "small-32"), ("rnn", "audio-b1@tiny")])
+def test_the_gpu_benchmark_times_a_case(tmp_path: pathlib.Path, op: str, case: str) -> None:
+    assert gpu.main(["--op", op, "--case", case, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / f"bench_gpu_{op}.json").read_text())["rows"]
     assert all({"interfuse", "eager"} <= row["training"].keys() for row in rows)
 
 
