@@ -19,43 +19,80 @@ void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
     invalid("rnn: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
 }
 
-// The sorted order and the storage behind it.
+// One order of sequences and the storage behind it.
 struct Order {
   std::vector<int64_t> row, length, active, first;
-  RnnOrder view;
 
-  Order(const Rnn& p, const int64_t* lengths) : row(p.batch), length(p.batch) {
-    std::iota(row.begin(), row.end(), 0);
-    if (lengths) {
-      for (int64_t b = 0; b < p.batch; ++b)
-        if (lengths[b] < 0 || lengths[b] > p.steps)
-          invalid("rnn: the length of sequence %lld is %lld; allowed is 0 to %lld, the number of steps of the input.",
-                  (long long)b, (long long)lengths[b], (long long)p.steps);
-      std::stable_sort(row.begin(), row.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+  // Every `apart`-th sequence of `sorted` (by falling length) from number `at` on.
+  Order(const Rnn& p, const int64_t* lengths, const std::vector<int64_t>& sorted, int64_t at, int64_t apart) {
+    for (int64_t j = at; j < static_cast<int64_t>(sorted.size()); j += apart) {
+      row.push_back(sorted[j]);
+      length.push_back(lengths ? lengths[sorted[j]] : p.steps);
     }
-    for (int64_t j = 0; j < p.batch; ++j) length[j] = lengths ? lengths[row[j]] : p.steps;
-    const int64_t steps = p.batch ? length[0] : 0;
+    const int64_t steps = row.empty() ? 0 : length[0];
     active.assign(steps + 1, 0);
     first.assign(steps + 1, 0);
-    int64_t rows = p.batch;
+    int64_t rows = static_cast<int64_t>(row.size());
     for (int64_t s = 0; s < steps; ++s) {
       while (length[rows - 1] <= s) --rows;
       active[s] = rows;
       first[s + 1] = first[s] + rows;
     }
-    const bool ragged = p.batch > 0 && (length.back() != p.steps);
-    view = {row.data(), length.data(), active.data(), first.data(), steps, first[steps], ragged};
+  }
+  RnnOrder view(int64_t before) const {
+    return {row.data(), length.data(), active.data(), first.data(), static_cast<int64_t>(row.size()),
+            static_cast<int64_t>(first.size()) - 1, first.back(), before};
   }
 };
 
-void check_ids(const Rnn& p, const Order& order, const int64_t* ids) {
+// The batch in `count` parts of about equal work.
+struct Parts {
+  std::vector<Order> orders;
+  std::vector<RnnOrder> views;
+  int64_t tokens = 0;
+
+  Parts(const Rnn& p, const int64_t* lengths, int64_t count) {
+    std::vector<int64_t> sorted(p.batch);
+    std::iota(sorted.begin(), sorted.end(), 0);
+    if (lengths) std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    for (int64_t i = 0; i < count; ++i) orders.emplace_back(p, lengths, sorted, i, count);
+    for (const Order& order : orders) {
+      views.push_back(order.view(tokens));
+      tokens += order.first.back();
+    }
+  }
+  RnnParts all() const { return {views.data(), static_cast<int64_t>(views.size()), tokens}; }
+};
+
+void check_lengths(const Rnn& p, const int64_t* lengths) {
+  for (int64_t b = 0; lengths && b < p.batch; ++b)
+    if (lengths[b] < 0 || lengths[b] > p.steps)
+      invalid("rnn: the length of sequence %lld is %lld; allowed is 0 to %lld, the number of steps of the input.",
+              (long long)b, (long long)lengths[b], (long long)p.steps);
+}
+
+// Threads that take sequences of their own need not meet at each step, but each reads all recurrent weights: that pays
+// while they fit into its cache and meet several rows.
+int64_t parts_for(const Rnn& p, const int64_t* lengths, int threads) {
+  constexpr int64_t kRows = 4, kBytes = int64_t(1) << 20;
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < p.batch; ++b) tokens += lengths ? lengths[b] : p.steps;
+  const int64_t bytes = p.gates() * p.hidden * p.output() * (p.half_weights ? 2 : 4);
+  return threads > 1 && bytes <= kBytes && tokens >= kRows * threads * p.steps ? threads : 1;
+}
+
+// The reserve begins with the number of parts that forward made, which backward must follow.
+constexpr int64_t kReserveHead = 16;
+
+void check_ids(const Rnn& p, const int64_t* lengths, const int64_t* ids) {
+  if (!p.vocabulary) return;
   if (!ids) invalid("rnn: this plan has a vocabulary, but ids is a null pointer; pass the token ids.");
-  for (int64_t j = 0; j < p.batch; ++j)
-    for (int64_t t = 0; t < order.length[j]; ++t) {
-      const int64_t id = ids[t * p.x_step + order.row[j] * p.x_row];
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t t = 0; t < (lengths ? lengths[b] : p.steps); ++t) {
+      const int64_t id = ids[t * p.x_step + b * p.x_row];
       if (id < 0 || id >= p.vocabulary)
         invalid("rnn: token id %lld at step %lld of sequence %lld is outside the embedding's %lld rows.", (long long)id,
-                (long long)t, (long long)order.row[j], (long long)p.vocabulary);
+                (long long)t, (long long)b, (long long)p.vocabulary);
     }
 }
 
@@ -129,8 +166,9 @@ interfuse_status interfuse_rnn_create(const interfuse_rnn_spec* spec, interfuse_
 void interfuse_rnn_destroy(interfuse_rnn* plan) { delete plan; }
 
 int64_t interfuse_rnn_reserve(const interfuse_rnn* plan) {
-  const interfuse::Rnn& p = plan->problem;
-  return p.save ? plan->kernels->reserve(p, p.batch * p.steps) : 0;
+  using namespace interfuse;
+  const Rnn& p = plan->problem;
+  return p.save ? kReserveHead + plan->kernels->reserve(p, p.batch * p.steps) : 0;
 }
 
 interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
@@ -145,9 +183,15 @@ interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfus
     if ((p.steps && (!sequences->x || !y)) || !hn || (p.cell == INTERFUSE_LSTM && !cn))
       invalid("rnn: forward was given a null pointer for x, y, hn%s; all are needed.", p.cell == INTERFUSE_LSTM ? " or cn" : "");
     if (p.save && p.steps && !reserve) invalid("rnn: this plan saves for backward; pass a reserve of interfuse_rnn_reserve floats.");
-    const Order order(p, sequences->lengths);
-    if (p.vocabulary) check_ids(p, order, sequences->ids);
-    plan->kernels->forward(p, order.view, {sequences, weights, y, hn, cn, reserve, usable_threads(threads)});
+    check_lengths(p, sequences->lengths);
+    check_ids(p, sequences->lengths, sequences->ids);
+    const int team = std::min(usable_threads(threads), kMostRnnThreads);
+    const Parts parts(p, sequences->lengths, parts_for(p, sequences->lengths, team));
+    if (p.save && p.steps) {
+      reserve[0] = static_cast<float>(parts.all().count);
+      reserve += kReserveHead;
+    }
+    plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team});
   });
 }
 
@@ -163,10 +207,18 @@ interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan, const interfu
     if (!p.save) invalid("rnn: backward needs a plan with save = 1, the one its forward ran with.");
     if (p.batch) check_weights(p, weights);
     if (p.batch && p.steps && (!reserve || !sequences->x)) invalid("rnn: backward was given a null pointer for x or reserve; both are needed.");
-    const Order order(p, sequences->lengths);
-    if (p.vocabulary) check_ids(p, order, sequences->ids);
-    plan->kernels->backward(p, order.view, {sequences, weights, reserve, grad_y, grad_hn, grad_cn, grad_x, grad_h0, grad_c0,
-                                            grad_weights, usable_threads(threads)});
+    check_lengths(p, sequences->lengths);
+    check_ids(p, sequences->lengths, sequences->ids);
+    int64_t count = 1;
+    if (p.batch && p.steps) {
+      if (!(reserve[0] >= 1 && reserve[0] <= static_cast<float>(p.batch)))
+        invalid("rnn: backward was given a reserve that no forward of this plan has written; pass forward's.");
+      count = static_cast<int64_t>(reserve[0]);
+      reserve += kReserveHead;
+    }
+    const Parts parts(p, sequences->lengths, count);
+    plan->kernels->backward(p, parts.all(), {sequences, weights, reserve, grad_y, grad_hn, grad_cn, grad_x, grad_h0, grad_c0,
+                                            grad_weights, std::min(usable_threads(threads), kMostRnnThreads)});
   });
 }
 

@@ -3,7 +3,7 @@
 // Rows are sorted by falling length, so that at every step the active sequences are the first ones, and only real
 // tokens exist: step s has active[s] rows, and row j of step s is token first[s] + j. The backward direction walks
 // each sequence from its own end, so the same numbers serve both directions; only the time that a step stands for
-// differs (see time_of).
+// differs (see time_of). A batch may be dealt out to several such orders, which then run apart.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +12,8 @@
 #include "interfuse.h"
 
 namespace interfuse {
+
+constexpr int kMostRnnThreads = 64;
 
 struct Rnn {
   int cell, directions;
@@ -35,13 +37,21 @@ struct RnnOrder {
   const int64_t* length;  // of sorted row j
   const int64_t* active;  // rows of step s; active[steps] = 0
   const int64_t* first;   // token number of step s's row 0
-  int64_t steps;          // the longest sequence's
+  int64_t rows;
+  int64_t steps;   // the longest sequence's
   int64_t tokens;
-  bool ragged;
+  int64_t before;  // tokens of the parts before this one
 
   __attribute__((always_inline)) int64_t time_of(int direction, int64_t s, int64_t j) const {
     return direction == 0 ? s : length[j] - 1 - s;
   }
+};
+
+// The whole batch. Several parts are worked on by a thread each, without a word between them; the threads of a single
+// part share out the hidden units and meet at every step.
+struct RnnParts {
+  const RnnOrder* part;
+  int64_t count, tokens;
 };
 
 struct RnnForward {
@@ -62,8 +72,8 @@ struct RnnBackward {
 
 struct RnnKernels {
   int64_t (*reserve)(const Rnn&, int64_t tokens);
-  void (*forward)(const Rnn&, const RnnOrder&, const RnnForward&);
-  void (*backward)(const Rnn&, const RnnOrder&, const RnnBackward&);
+  void (*forward)(const Rnn&, const RnnParts&, const RnnForward&);
+  void (*backward)(const Rnn&, const RnnParts&, const RnnBackward&);
 };
 
 #define INTERFUSE_DECLARE(isa) \

@@ -107,14 +107,17 @@ INTERFUSE_INLINE Vec load_first(const uint16_t* p, int n) {
   memcpy(lanes, p, static_cast<size_t>(n) * 2);
   return load(lanes);
 }
-INTERFUSE_INLINE void store(uint16_t* p, Vec v) {
-  typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+// Rounded to nearest even, in the lower halves of the lanes.
+INTERFUSE_INLINE IVec bf16_bits(Vec v) {
   typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
   Wide bits = (Wide)v;
   Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   Wide quiet = (bits >> 16) | 0x40;
-  Wide result = (v != v) ? quiet : rounded;
-  *reinterpret_cast<Half*>(p) = __builtin_convertvector(result, Half);
+  return (v != v) ? (IVec)quiet : (IVec)rounded;
+}
+INTERFUSE_INLINE void store(uint16_t* p, Vec v) {
+  typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(bf16_bits(v), Half);
 }
 INTERFUSE_INLINE void store_first(uint16_t* p, Vec v, int n) {
   uint16_t lanes[kLanes];

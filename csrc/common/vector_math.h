@@ -30,38 +30,77 @@ INTERFUSE_INLINE Vec reciprocal(Vec d) {
 #endif
 }
 
-INTERFUSE_INLINE Vec exp(Vec x) {
-  // Beyond these the result is infinite or zero; the comparisons let a NaN pass.
-  x = select(x > splat(89.f), splat(89.f), x);
-  x = select(x < splat(-104.f), splat(-104.f), x);
+// x within limits; a NaN stays. (The machine's instructions give their second operand when one is a NaN.)
+INTERFUSE_INLINE Vec at_most(Vec x, float most) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps((__mmask16)-1, (__m512)splat(most), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)splat(most), (__m256)x);
+#else
+  return select(x > splat(most), splat(most), x);
+#endif
+}
+INTERFUSE_INLINE Vec at_least(Vec x, float least) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps((__mmask16)-1, (__m512)splat(least), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)splat(least), (__m256)x);
+#else
+  return select(x < splat(least), splat(least), x);
+#endif
+}
+
+// x = n * ln 2 + r with |r| <= ln(2) / 2, for |x| below 150: exp(x) is 2^n * exp(r). A NaN's n is meaningless but
+// harmless, its r is NaN.
+struct Reduced {
+  Vec n, r;
+};
+INTERFUSE_INLINE Reduced reduced(Vec x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const Vec shifted = multiply_add(x, splat(1.44269504f), splat(12582912.f));
-  const Vec n = shifted - 12582912.f;
+  const Vec n = multiply_add(x, splat(1.44269504f), splat(12582912.f)) - 12582912.f;
   // ln 2 in two parts, the first with few bits, so that n times it is exact.
-  Vec r = multiply_add(n, splat(-0.693359375f), x);
-  r = multiply_add(n, splat(2.12194440e-4f), r);
-  // Taylor's series: |r| <= ln(2) / 2, so the first term left out is below 6e-9.
-  static constexpr float kSeries[] = {1.f, 1.f, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
-  const Vec p = polynomial(r, kSeries);
-  // Two factors, since 2^n itself may be out of range where the result is not. A NaN's n is meaningless but harmless.
-  const IVec whole = (IVec)shifted - 0x4b400000, half = whole >> 1;
+  const Vec r = multiply_add(n, splat(-0.693359375f), x);
+  return {n, multiply_add(n, splat(2.12194440e-4f), r)};
+}
+// value * 2^n, where the result is a normal number and -126 <= n <= 127.
+INTERFUSE_INLINE Vec scaled(Vec value, Vec n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)value, (__m512)n);
+#else
+  return value * power_of_two(__builtin_convertvector(n, IVec));
+#endif
+}
+// (exp(r) - 1 - r) / r^2. Taylor's series of exp: |r| <= ln(2) / 2, so the first term left out is below 6e-9.
+INTERFUSE_INLINE Vec exp_rest(Vec r) {
+  static constexpr float kSeries[] = {0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
+  return polynomial(r, kSeries);
+}
+
+INTERFUSE_INLINE Vec exp(Vec x) {
+  // Beyond these the result is infinite or zero.
+  const Reduced x2 = reduced(at_least(at_most(x, 89.f), -104.f));
+  const Vec p = multiply_add(multiply_add(x2.r, exp_rest(x2.r), splat(1.f)), x2.r, splat(1.f));
+  // Two factors, since 2^n itself may be out of range where the result is not.
+  const IVec whole = __builtin_convertvector(x2.n, IVec), half = whole >> 1;
   return p * power_of_two(half) * power_of_two(whole - half);
 }
 
 INTERFUSE_INLINE Vec logistic(Vec x) {
-  // Below -87 the result is below the smallest normal float: it stays at that, and a NaN stays NaN.
-  return reciprocal(1.f + exp(select(x < splat(-87.f), splat(87.f), -x)));
+  // Below -87 the result is below the smallest normal float: it stays at that.
+  const Reduced minus = reduced(at_least(at_most(-x, 87.f), -87.f));
+  const Vec p = multiply_add(multiply_add(minus.r, exp_rest(minus.r), splat(1.f)), minus.r, splat(1.f));
+  return reciprocal(1.f + scaled(p, minus.n));
 }
 
 INTERFUSE_INLINE Vec tanh(Vec x) {
-  const Vec size = magnitude(x), square = x * x;
-  // From 10 on tanh rounds to 1.
-  const Vec twice = select(size > splat(10.f), splat(20.f), size + size);
-  const Vec far = with_sign_of(1.f - 2.f * reciprocal(exp(twice) + 1.f), x);
-  static constexpr float kNear[] = {-0.33333334f, 0.13333313f, -0.05396165f, 0.021789117f, -0.008412579f, 0.0023735408f};
-  // Near zero the other form would lose digits to its difference.
-  const Vec near = multiply_add(x * square, polynomial(square, kNear), x);
-  return select(size < splat(0.6f), near, far);
+  // With t = exp(-2 |x|) - 1, which loses no digits near zero: -t / (t + 2). From 10 on that rounds to 1.
+  const Reduced minus = reduced(at_least(-2.f * magnitude(x), -20.f));
+  const Vec power = scaled(splat(1.f), minus.n);
+  const Vec rest = multiply_add(minus.r * minus.r, exp_rest(minus.r), minus.r);
+  const Vec t = multiply_add(power, rest, power - 1.f);
+  const Vec d = t + 2.f, inverse = reciprocal(d), quotient = t * inverse;
+  // The reciprocal's error would be the largest one.
+  return with_sign_of(magnitude(multiply_add(multiply_add(-quotient, d, t), inverse, quotient)), x);
 }
 
 INTERFUSE_INLINE Vec erf(Vec x) {

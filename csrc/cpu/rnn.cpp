@@ -1,7 +1,8 @@
-// Recurrent layers forward on the CPU: one team of threads for the whole stack. For a stretch of steps the input's
-// share of the gates is one matrix product; then the steps run, each thread on its own unit blocks, whose recurrent
-// weights stay in its caches; the gates of a unit block are finished in registers. Compiled once per ISA.
-#include "common/parallel.h"
+// Recurrent layers forward on the CPU. For a stretch of steps the input's share of the gates is one matrix product; then
+// the steps run. The batch is dealt out to the threads, or, where it is small, each thread works on its own unit blocks,
+// whose recurrent weights stay in its caches. Compiled once per ISA.
+#include "common/content_hash.h"
+#include "common/pack_cache.h"
 #include "common/scratch.h"
 #include "cpu/rnn_cells.h"
 #include "cpu/rnn_pack.h"
@@ -12,242 +13,260 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-void rnn_backward(const Rnn&, const RnnOrder&, const RnnBackward&);
+void rnn_backward(const Rnn&, const RnnParts&, const RnnBackward&);
 
 namespace {
 
-// Rows of x that are gathered at a time: a block and one weight panel fit into L1 and L2.
+// Rows of x that are gathered at a time: with one weight panel they fit into L1 and L2.
 constexpr int64_t kGather = 48;
 // Floats of gates that a stretch of steps may fill: the steps should find them in L2.
 constexpr int64_t kStretch = 96 << 10;
 
+// All layers over one part of the batch.
 template <class Cell>
-class Forward {
+class Stack {
  public:
-  Forward(const Rnn& p, const RnnOrder& order, const RnnForward& a)
-      : p_(p), order_(order), a_(a), keep_(p, order.tokens), units_(keep_.units), outputs_(keep_.outputs),
-        blocks_(units_ / kLanes), gate_row_(keep_.gate_row) {
+  Stack(const Rnn& p, const RnnOrder& order, const RnnForward& a, const float* packed, int threads)
+      : p_(p), order_(order), a_(a), weights_(p), packed_(packed), keep_(p, order.tokens), units_(keep_.units),
+        outputs_(keep_.outputs), blocks_(units_ / kLanes), gate_row_(keep_.gate_row), flags_(threads) {
     stretch_ = kStretch / gate_row_;
-    if (stretch_ < p_.batch) stretch_ = p_.batch;
+    if (stretch_ < order_.rows) stretch_ = order_.rows;
     if (stretch_ > order_.tokens) stretch_ = order_.tokens;
+    if (p_.save) a_.reserve += order_.before * p_.layers * p_.directions * RnnLayout<Cell>(p, 1).total;
+    allocate();
   }
 
-  void run() {
-    allocate();
-    parallel(rnn_threads<Cell>(p_, order_, a_.threads), [&](int thread, int threads) {
-      const RnnTeam team(p_, barriers_, thread, threads);
-      for (int64_t layer = 0; layer < p_.layers; ++layer) {
-        for (int d = 0; d < p_.directions; ++d)
-          if (team.takes(d)) run_direction(team, layer, d);
-        team.meet_all();  // the next layer reads both directions
-      }
-    });
+  void run(int thread, int threads) {
+    RnnTeam team(p_, flags_, thread, threads);
+    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+      for (int d = 0; d < p_.directions; ++d)
+        if (team.takes(d)) run_direction(team, layer, d);
+      team.meet_all();  // the next layer reads both directions
+    }
   }
 
  private:
-  // Buffers of one direction; while saving, the first three lie in the reserve.
+  // Buffers of one direction; while saving, the first four lie in the reserve.
   struct Direction {
     float *gates, *cell, *hidden, *output;  // histories, or for gates a stretch, for cell and hidden one state
-    float *h_start, *c_start, *w_ih, *bias, *sum_bias, *w_hr;
-    void* w_hh;  // float, or bfloat16 where the plan asks for it
+    bool ring;                              // output holds two steps only
+    float *h_start, *c_start;
+    typename ForwardWeights<Cell>::Of w;
   };
 
-  int64_t output_floats() const { return order_.tokens * outputs_; }
-
   void allocate() {
-    const int64_t widest = p_.layers > 1 && p_.layer_input(1) > p_.input ? p_.layer_input(1) : p_.input;
-    const int64_t depth = padded(p_.output());
-    int64_t each = (p_.batch * (outputs_ + 3 * units_)) + units_ * Cell::kGates * (widest + depth + 1) + units_ +
-                   padded(p_.projection) * units_ + 12 * 16;
-    if (!p_.save) each += stretch_ * gate_row_ + 2 * output_floats() + 3 * 16;
+    const int64_t history = p_.layers > 1 ? order_.tokens * outputs_ : 0;
+    int64_t each = order_.rows * (outputs_ + units_) + 2 * 16;
+    if (!p_.save) each += stretch_ * gate_row_ + 2 * order_.rows * (outputs_ + units_) + 2 * history + 6 * 16;
     RnnMemory memory{scratch_floats(Slot::other, each * p_.directions)};
     for (int d = 0; d < p_.directions; ++d) {
       Direction& x = direction_[d];
-      x.h_start = memory.take(p_.batch * outputs_);
-      x.c_start = memory.take(p_.batch * units_);
-      x.w_ih = memory.take(units_ * Cell::kGates * widest);
-      x.w_hh = memory.take(units_ * Cell::kGates * depth);
-      x.bias = memory.take(units_ * Cell::kGates);
-      x.sum_bias = memory.take(units_);
-      x.w_hr = memory.take(padded(p_.projection) * units_);
+      x.h_start = memory.take(order_.rows * outputs_);
+      x.c_start = memory.take(order_.rows * units_);
       if (p_.save) continue;
       x.gates = memory.take(stretch_ * gate_row_);
-      x.cell = memory.take(p_.batch * units_);
-      x.hidden = memory.take(p_.batch * units_);
-      outputs_of_[0][d] = memory.take(output_floats());
-      outputs_of_[1][d] = memory.take(output_floats());
+      x.cell = memory.take(order_.rows * units_);
+      x.hidden = memory.take(order_.rows * units_);
+      ring_[d] = memory.take(2 * order_.rows * outputs_);
+      history_[0][d] = memory.take(history);
+      history_[1][d] = memory.take(history);
     }
   }
 
   float* reserved(int64_t layer, int d) const { return a_.reserve + (layer * p_.directions + d) * keep_.total; }
+  bool last(int64_t layer) const { return layer + 1 == p_.layers; }
   float* output_of(int64_t layer, int d) const {
-    return p_.save ? reserved(layer, d) + keep_.output : outputs_of_[layer & 1][d];
+    return p_.save ? reserved(layer, d) + keep_.output : last(layer) ? ring_[d] : history_[layer & 1][d];
+  }
+  INTERFUSE_INLINE float* output_row(const Direction& x, int64_t s, int64_t j) const {
+    return x.output + (x.ring ? (s & 1) * order_.rows + j : order_.first[s] + j) * outputs_;
   }
 
-  void run_direction(const RnnTeam& team, int64_t layer, int d) {
+  void run_direction(RnnTeam& team, int64_t layer, int d) {
     Direction x = direction_[d];
+    x.w = weights_.at(packed_, layer, d);
     x.output = output_of(layer, d);
+    x.ring = !p_.save && last(layer);
     if (p_.save) {
       x.gates = reserved(layer, d) + keep_.gates;
       x.cell = reserved(layer, d) + keep_.cell;
       x.hidden = reserved(layer, d) + keep_.hidden;
     }
-    prepare(team, layer, d, x);
-    team.meet(d);
+    start_states(team, layer, d, x);
+    team.arrive(d);
     const RnnInput input{p_, order_, a_.in, {layer ? output_of(layer - 1, 0) : nullptr, layer && p_.directions == 2 ? output_of(layer - 1, 1) : nullptr}, outputs_};
+    // Whole panels of gates, so that a thread's blocks are a part of the packed weight.
+    const int64_t blocks = weights_.input().panel > 1 ? 1 : 4;
+    const Range panels = team.share(d, (blocks_ + blocks - 1) / blocks);
+    const Range mine{panels.begin * blocks, panels.end * blocks < blocks_ ? panels.end * blocks : blocks_};
     for (int64_t s = 0; s < order_.steps;) {
       int64_t end = s + 1;
       while (end < order_.steps && order_.first[end + 1] - order_.first[s] <= stretch_) ++end;
-      input_product(team, layer, d, x, input, order_.first[s], order_.first[end], s);
-      team.meet(d);
       const int64_t base = p_.save ? 0 : order_.first[s];
+      if (mine.begin < mine.end) input_product(layer, d, x, input, mine, s, end, base);
       for (; s < end; ++s) {
-        step(team, d, x, s, base);
-        team.meet(d);
+        step(team, layer, d, x, mine, s, base);
         if (!p_.projection) continue;
-        project(team, d, x, s);
         team.meet(d);
+        project(team, layer, d, x, s);
+        team.arrive(d);
       }
     }
+    team.wait(d);
     finish(team, layer, d, x);
   }
 
-  void prepare(const RnnTeam& team, int64_t layer, int d, const Direction& x) {
-    const int64_t at = layer * p_.directions + d, depth = p_.layer_input(layer);
-    const interfuse_rnn_weights& w = a_.weights[at];
-    Range mine = team.share(d, blocks_);
-    pack_gates(w.w_ih, Cell::kGates, p_.hidden, depth, mine.begin, mine.end, x.w_ih);
-    if (p_.half_weights)
-      pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), mine.begin, mine.end, static_cast<uint16_t*>(x.w_hh));
-    else
-      pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), mine.begin, mine.end, static_cast<float*>(x.w_hh));
-    if (p_.projection) {
-      mine = team.share(d, outputs_ / kLanes);
-      pack_gates(w.w_hr, 1, p_.projection, p_.hidden, mine.begin, mine.end, x.w_hr);
-    }
-    if (team.first_of(d)) pack_bias<Cell>(p_, w, x.bias, x.sum_bias);
-    mine = team.share(d, p_.batch);
+  void start_states(const RnnTeam& team, int64_t layer, int d, const Direction& x) const {
+    const int64_t at = layer * p_.directions + d;
+    const Range mine = team.share(d, order_.rows);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
       start_state(a_.in->h0, at, p_.output(), j, x.h_start + j * outputs_, outputs_);
       if (Cell::kCell) start_state(a_.in->c0, at, p_.hidden, j, x.c_start + j * units_, units_);
     }
   }
-
   void start_state(const float* from, int64_t at, int64_t size, int64_t j, float* to, int64_t room) const {
     memset(to, 0, static_cast<size_t>(room) * 4);
     if (from) memcpy(to, from + (at * p_.batch + order_.row[j]) * size, static_cast<size_t>(size) * 4);
   }
 
-  // The input's share of the gates of tokens begin..end, which start at step s.
-  void input_product(const RnnTeam& team, int64_t layer, int d, const Direction& x, const RnnInput& input, int64_t begin,
-                     int64_t end, int64_t s) {
-    const int64_t depth = p_.layer_input(layer), groups = (end - begin + kGather - 1) / kGather;
-    const Range mine = team.share(d, groups * blocks_);
-    float* rows = scratch_floats(Slot::rows, kGather * depth);
-    const int64_t base = p_.save ? 0 : begin;
-    for (int64_t task = mine.begin; task < mine.end;) {
-      const int64_t group = task / blocks_, first = begin + group * kGather;
-      const int64_t count = end - first < kGather ? end - first : kGather;
-      const int64_t from = task % blocks_, most = (group + 1) * blocks_, to = (mine.end < most ? mine.end - 1 : most - 1) % blocks_ + 1;
-      for (int64_t i = 0; i < count; ++i) {
+  static Range vectors(Range blocks) { return {blocks.begin * Cell::kGates, blocks.end * Cell::kGates}; }
+
+  // The input's share of the gates of steps s..end, and what else they start with.
+  void input_product(int64_t layer, int d, const Direction& x, const RnnInput& input, Range mine, int64_t s, int64_t end,
+                     int64_t base) const {
+    const int64_t depth = p_.layer_input(layer), begin = order_.first[s], stop = order_.first[end];
+    const Range columns = vectors(mine);
+    int64_t row = 0;
+    const float* direct = input.rows(d, s, row);
+    float* gathered = direct ? nullptr : scratch_floats(Slot::rows, kGather * depth);
+    for (int64_t first = begin; first < stop;) {
+      const int64_t count = direct || stop - first < kGather ? stop - first : kGather;
+      for (int64_t i = 0; i < count && !direct; ++i) {
         while (order_.first[s + 1] <= first + i) ++s;
-        input.copy(d, s, first + i - order_.first[s], rows + i * depth);
+        input.copy(d, s, first + i - order_.first[s], gathered + i * depth);
       }
-      packed_product<Cell::kGates>(count, depth, rows, depth, 1, x.w_ih, Cell::kGates * kLanes,
-                                   depth * Cell::kGates * kLanes, from, to, x.gates + (first - base) * gate_row_, gate_row_,
-                                   Cell::kSlots * kLanes, false, [&](int64_t block, int v) __attribute__((always_inline)) {
-                                     return load(x.bias + (block * Cell::kGates + v) * kLanes);
-                                   });
-      task += to - from;
+      Product q{};
+      q.depth = depth, q.a = direct ? direct : gathered, q.a_row = direct ? row : depth, q.w = x.w.w_ih;
+      q.start = x.w.bias, q.start_panel = Cell::kSlots * kLanes;
+      q.c = x.gates + (first - base) * gate_row_, q.c_row = gate_row_, q.c_panel = Cell::kSlots * kLanes;
+      q.last = kLanes;
+      packed_product(weights_.input(), depth, 0, q, count, columns.begin, columns.end - columns.begin);
+      if (Cell::kTwoSums)
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t block = mine.begin; block < mine.end; ++block) {
+            const int64_t slot = (block * Cell::kSlots + Cell::kGates - 1) * kLanes;
+            store(q.c + i * gate_row_ + slot, load(x.w.bias + slot));
+          }
+      first += count;
     }
   }
 
-  void step(const RnnTeam& team, int d, const Direction& x, int64_t s, int64_t base) {
-    constexpr int kRows = step_rows(Cell::kGates);
-    const int64_t active = order_.active[s], tiles = (active + kRows - 1) / kRows;
-    const Range mine = team.share(d, blocks_ * tiles);
-    for (int64_t task = mine.begin; task < mine.end; ++task) {
-      const int64_t block = task / tiles, end = task % tiles * kRows + kRows < active ? task % tiles * kRows + kRows : active;
-      for (int64_t j = task % tiles * kRows; j < end;)
-        j += one_tile<kRows>(end - j, [&](auto count) __attribute__((always_inline)) {
-          if (p_.half_weights)
-            tile<decltype(count)::value>(x, static_cast<const uint16_t*>(x.w_hh), s, base, block, j);
-          else
-            tile<decltype(count)::value>(x, static_cast<const float*>(x.w_hh), s, base, block, j);
-        });
+  // Adds the product of h before, its units [from, to), to the gates of the rows of step s.
+  INTERFUSE_INLINE void recurrent_product(const Direction& x, int64_t s, int64_t base, Range mine, int64_t from, int64_t to) const {
+    if (from >= to) return;
+    const Range columns = vectors(mine);
+    Product q{};
+    q.depth = to - from, q.a = (s ? output_row(x, s - 1, 0) : x.h_start) + from, q.a_row = outputs_;
+    q.w = x.w.w_hh;
+    q.c = x.gates + (order_.first[s] - base) * gate_row_, q.c_row = gate_row_, q.c_panel = Cell::kSlots * kLanes;
+    q.start = q.c, q.start_row = q.c_row, q.start_panel = q.c_panel;
+    packed_product(weights_.recurrent(), p_.output(), from, q, order_.active[s], columns.begin, columns.end - columns.begin);
+  }
+
+  INTERFUSE_INLINE void step(RnnTeam& team, int64_t layer, int d, const Direction& x, Range mine, int64_t s, int64_t base) const {
+    const int64_t begin = mine.begin * kLanes, end = mine.end * kLanes < p_.hidden ? mine.end * kLanes : p_.hidden;
+    if (team.members(d) > 1 && s > 0 && !p_.projection) {
+      // This thread's own units first: the others' arrive meanwhile.
+      recurrent_product(x, s, base, mine, begin, end);
+      team.wait(d);
+      if (mine.begin < mine.end) {
+        recurrent_product(x, s, base, mine, 0, begin);
+        recurrent_product(x, s, base, mine, end, p_.hidden);
+      }
+    } else {
+      team.wait(d);
+      if (mine.begin < mine.end) recurrent_product(x, s, base, mine, 0, p_.output());
+    }
+    pointwise(layer, d, x, mine, s, base);
+    if (!p_.projection) team.arrive(d);
+  }
+
+  void pointwise(int64_t layer, int d, const Direction& x, Range mine, int64_t s, int64_t base) const {
+    for (int64_t j = 0; j < order_.active[s]; ++j) {
+      const int64_t token = order_.first[s] + j, before = s ? order_.first[s - 1] + j : 0;
+      float* gates = x.gates + (token - base) * gate_row_;
+      const float* h_before = s ? output_row(x, s - 1, j) : x.h_start + j * outputs_;
+      const float* c_before = s == 0 ? x.c_start + j * units_ : x.cell + (p_.save ? before : j) * units_;
+      float* c_after = x.cell + (p_.save ? token : j) * units_;
+      float* h_after = p_.projection ? x.hidden + (p_.save ? token : j) * units_ : output_row(x, s, j);
+      float* y = last(layer) && !p_.projection ? y_row(d, s, j) : nullptr;
+      for (int64_t block = mine.begin; block < mine.end; ++block) {
+        const int64_t at = block * kLanes, left = p_.hidden - at;
+        Vec c = Cell::kCell ? load(c_before + at) : zero();
+        const Vec h_old = Cell::kCell ? zero() : load(h_before + at);
+        const Vec h = Cell::forward(gates + block * Cell::kSlots * kLanes, p_.save, h_old, c);
+        if (Cell::kCell) store(c_after + at, c);
+        store(h_after + at, h);
+        if (!y) continue;
+        if (left >= kLanes)
+          store(y + at, h);
+        else
+          store_first(y + at, h, static_cast<int>(left));
+      }
     }
   }
 
-  template <int Rows, class W>
-  INTERFUSE_INLINE void tile(const Direction& x, const W* w_hh, int64_t s, int64_t base, int64_t block, int64_t j) {
-    const int64_t token = order_.first[s] + j, before = s ? order_.first[s - 1] + j : 0;
-    const float* h_before = s ? x.output + before * outputs_ : x.h_start + j * outputs_;
-    float* gates = x.gates + (token - base) * gate_row_ + block * Cell::kSlots * kLanes;
-    Vec sum[Rows][Cell::kGates];
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      unrolled<Cell::kGates>([&](int g) __attribute__((always_inline)) {
-        sum[r][g] = Cell::start(g, gates + r * gate_row_, x.sum_bias + block * kLanes);
-      });
-    });
-    step_product<Rows, Cell::kGates, step_split(Rows * Cell::kGates)>(
-        p_.output(), h_before, outputs_, w_hh + block * p_.output() * Cell::kGates * kLanes, sum);
-    const float* c_before = s == 0 ? x.c_start + j * units_ : p_.save ? x.cell + before * units_ : x.cell + j * units_;
-    float* c_after = x.cell + (p_.save ? token : j) * units_;
-    float* h_after = p_.projection ? x.hidden + (p_.save ? token : j) * units_ : x.output + token * outputs_;
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      const int64_t at = r * units_ + block * kLanes;
-      Vec c = Cell::kCell ? load(c_before + at) : zero();
-      const Vec h_old = Cell::kCell ? zero() : load(h_before + r * outputs_ + block * kLanes);
-      float* row = gates + r * gate_row_;
-      const Vec h = Cell::forward(sum[r], row, h_old, c, p_.save ? row : nullptr);
-      if (Cell::kCell) store(c_after + at, c);
-      store(h_after + r * (p_.projection ? units_ : outputs_) + block * kLanes, h);
-    });
+  float* y_row(int d, int64_t s, int64_t j) const {
+    const int64_t t = order_.time_of(d, s, j), row = order_.row[j];
+    return a_.y + ((p_.batch_first ? row * p_.steps + t : t * p_.batch + row) * p_.directions + d) * p_.output();
   }
 
   // output = w_hr * hidden, for the rows of step s.
-  void project(const RnnTeam& team, int d, const Direction& x, int64_t s) {
-    const Range mine = team.share(d, outputs_ / kLanes);
-    const float* hidden = x.hidden + (p_.save ? order_.first[s] * units_ : 0);
-    packed_product<1>(order_.active[s], p_.hidden, hidden, units_, 1, x.w_hr, kLanes, p_.hidden * kLanes, mine.begin, mine.end,
-                      x.output + order_.first[s] * outputs_, outputs_, kLanes, false,
-                      [](int64_t, int) __attribute__((always_inline)) { return zero(); });
+  void project(const RnnTeam& team, int64_t layer, int d, const Direction& x, int64_t s) const {
+    const int64_t vectors = outputs_ / kLanes, active = order_.active[s];
+    const Range panels = team.share(d, (vectors + 3) / 4);
+    const Range mine{panels.begin * 4, panels.end * 4 < vectors ? panels.end * 4 : vectors};
+    if (mine.begin >= mine.end) return;
+    Product q{};
+    q.depth = p_.hidden, q.a = x.hidden + (p_.save ? order_.first[s] * units_ : 0), q.a_row = units_, q.w = x.w.w_hr;
+    q.c = output_row(x, s, 0), q.c_row = outputs_;
+    packed_product(ForwardWeights<Cell>::kPlain, p_.hidden, 0, q, active, mine.begin, mine.end - mine.begin);
+    if (!last(layer)) return;
+    const int64_t begin = mine.begin * kLanes, end = mine.end * kLanes < p_.projection ? mine.end * kLanes : p_.projection;
+    for (int64_t j = 0; j < active; ++j)
+      memcpy(y_row(d, s, j) + begin, output_row(x, s, j) + begin, static_cast<size_t>(end - begin) * 4);
   }
-
-  // y, hn and cn in the caller's order.
-  void finish(const RnnTeam& team, int64_t layer, int d, const Direction& x) {
+  // hn and cn in the caller's order, and y's zeros beyond the lengths.
+  void finish(const RnnTeam& team, int64_t layer, int d, const Direction& x) const {
     const int64_t at = layer * p_.directions + d, size = p_.output();
-    const Range mine = team.share(d, p_.batch);
+    const Range mine = team.share(d, order_.rows);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
-      const int64_t last = order_.length[j] - 1, row = order_.row[j];
-      const int64_t token = last >= 0 ? order_.first[last] + j : 0;
-      memcpy(a_.hn + (at * p_.batch + row) * size, last >= 0 ? x.output + token * outputs_ : x.h_start + j * outputs_,
+      const int64_t end = order_.length[j] - 1, row = order_.row[j];
+      memcpy(a_.hn + (at * p_.batch + row) * size, end >= 0 ? output_row(x, end, j) : x.h_start + j * outputs_,
              static_cast<size_t>(size) * 4);
       if (Cell::kCell) {
-        const float* c = last < 0 ? x.c_start + j * units_ : x.cell + (p_.save ? token : j) * units_;
+        const float* c = end < 0 ? x.c_start + j * units_ : x.cell + (p_.save ? order_.first[end] + j : j) * units_;
         memcpy(a_.cn + (at * p_.batch + row) * p_.hidden, c, static_cast<size_t>(p_.hidden) * 4);
       }
-      if (layer + 1 < p_.layers) continue;
-      for (int64_t t = 0; t < p_.steps; ++t) {
-        float* y = a_.y + ((p_.batch_first ? row * p_.steps + t : t * p_.batch + row) * p_.directions + d) * size;
-        const int64_t s = d == 0 ? t : last - t;
-        if (t <= last)
-          memcpy(y, x.output + (order_.first[s] + j) * outputs_, static_cast<size_t>(size) * 4);
-        else
-          memset(y, 0, static_cast<size_t>(size) * 4);
-      }
+      if (!last(layer)) continue;
+      for (int64_t t = end + 1; t < p_.steps; ++t)
+        memset(a_.y + ((p_.batch_first ? row * p_.steps + t : t * p_.batch + row) * p_.directions + d) * size, 0,
+               static_cast<size_t>(size) * 4);
     }
   }
 
   const Rnn& p_;
   const RnnOrder& order_;
-  const RnnForward& a_;
+  RnnForward a_;
+  const ForwardWeights<Cell> weights_;
+  const float* packed_;
   const RnnLayout<Cell> keep_;
   const int64_t units_, outputs_, blocks_, gate_row_;
   int64_t stretch_;
   Direction direction_[2] = {};
-  float* outputs_of_[2][2] = {};
-  RnnBarriers barriers_;
+  float* ring_[2] = {};
+  float* history_[2][2] = {};
+  RnnFlags flags_;
 };
 
 struct ReserveOf {
@@ -265,18 +284,100 @@ int64_t reserve(const Rnn& p, int64_t tokens) {
   return body.floats;
 }
 
-struct ForwardOf {
+// A hash of everything that the packed weights are made of.
+uint64_t hash_of(const Rnn& p, const RnnForward& a) {
+  constexpr int64_t kPiece = 64 << 10;
+  struct Source {
+    const float* data;
+    int64_t floats;
+  };
+  const int64_t gates = p.gates() * p.hidden, runs = p.layers * p.directions;
+  const auto source = [&](int64_t i) __attribute__((always_inline)) {
+    const interfuse_rnn_weights& w = a.weights[i / 5];
+    switch (i % 5) {
+      case 0: return Source{w.w_hh, gates * p.output()};
+      case 1: return Source{w.w_ih, gates * p.layer_input(i / 5 / p.directions)};
+      case 2: return Source{w.b_ih, p.bias ? gates : 0};
+      case 3: return Source{w.b_hh, p.bias ? gates : 0};
+      default: return Source{w.w_hr, p.projection * p.hidden};
+    }
+  };
+  int64_t pieces = 0, bytes = 0;
+  for (int64_t i = 0; i < 5 * runs; ++i) {
+    pieces += (source(i).floats * 4 + kPiece - 1) / kPiece;
+    bytes += source(i).floats * 4;
+  }
+  uint64_t* parts = static_cast<uint64_t*>(scratch(Slot::flags, static_cast<size_t>(pieces) * 8));
+  // Waking a team costs a microsecond or two, in which one thread reads about this much.
+  parallel(bytes < (192 << 10) ? 1 : a.threads, [&](int thread, int threads) {
+    const Range mine = share(pieces, thread, threads);
+    int64_t at = 0;
+    for (int64_t i = 0; i < 5 * runs && at < mine.end; ++i) {
+      const Source from = source(i);
+      for (int64_t done = 0; done < from.floats * 4; done += kPiece, ++at)
+        if (at >= mine.begin && at < mine.end) {
+          const int64_t left = from.floats * 4 - done;
+          parts[at] = hash_piece(reinterpret_cast<const unsigned char*>(from.data) + done, left < kPiece ? left : kPiece);
+        }
+    }
+  });
+  uint64_t hash = static_cast<uint64_t>(bytes);
+  for (int64_t i = 0; i < pieces; ++i) hash = hash_mix(hash ^ parts[i]) + static_cast<uint64_t>(i);
+  return hash;
+}
+
+uint64_t kind_of(const Rnn& p) {
+  uint64_t hash = hash_mix(0x726e6e00u + kLanes);
+  for (int64_t part : {int64_t(p.cell), int64_t(p.directions), int64_t(p.bias), int64_t(p.half_weights), p.input, p.hidden,
+                       p.projection, p.layers})
+    hash = hash_mix(hash ^ static_cast<uint64_t>(part)) + 1;
+  return hash;
+}
+
+template <class Cell>
+struct PackJob {
   const Rnn& p;
-  const RnnOrder& order;
   const RnnForward& a;
-  template <class Cell>
-  void run() {
-    Forward<Cell>(p, order, a).run();
+  static void fill(void* context, void* data) {
+    const PackJob& job = *static_cast<PackJob*>(context);
+    const ForwardWeights<Cell> weights(job.p);
+    parallel(job.a.threads, [&](int thread, int threads) { weights.fill(job.a.weights, static_cast<float*>(data), thread, threads); });
   }
 };
 
-void forward(const Rnn& p, const RnnOrder& order, const RnnForward& a) {
-  ForwardOf body{p, order, a};
+template <class Cell>
+void run_parts(const Rnn& p, const RnnParts& parts, const RnnForward& a, const float* packed) {
+  if (parts.count == 1) {
+    const int threads = rnn_threads<Cell>(p, parts.part[0], a.threads);
+    Stack<Cell> stack(p, parts.part[0], a, packed, threads);
+    parallel(threads, [&](int thread, int team) { stack.run(thread, team); });
+    return;
+  }
+  parallel(a.threads, [&](int thread, int threads) {
+    for (int64_t i = thread; i < parts.count; i += threads) Stack<Cell>(p, parts.part[i], a, packed, 1).run(0, 1);
+  });
+}
+
+struct ForwardOf {
+  const Rnn& p;
+  const RnnParts& parts;
+  const RnnForward& a;
+  template <class Cell>
+  void run() {
+    const int64_t floats = ForwardWeights<Cell>(p).floats();
+    PackJob<Cell> job{p, a};
+    if (p.save) {  // training changes the weights at every step: a cache would only cost its hash
+      float* packed = scratch_floats(Slot::pack, floats);
+      job.fill(&job, packed);
+      return run_parts<Cell>(p, parts, a, packed);
+    }
+    const Pack pack({a.weights[0].w_hh, kind_of(p), hash_of(p, a)}, static_cast<size_t>(floats) * 4, job.fill, &job);
+    run_parts<Cell>(p, parts, a, static_cast<const float*>(pack.data()));
+  }
+};
+
+void forward(const Rnn& p, const RnnParts& parts, const RnnForward& a) {
+  ForwardOf body{p, parts, a};
   for_cell(p.cell, body);
 }
 

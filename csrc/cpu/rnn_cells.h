@@ -1,9 +1,8 @@
 // The pointwise part of each recurrent cell, forward and backward, on one vector of units. A new cell is one struct.
 // Per-ISA (see common/simd.h).
 //
-// A unit block is kLanes hidden units; its gates lie side by side as vectors. `x` is the input's share of the gates,
-// bias included, kSlots vectors of which the first kGates are filled; `sum` starts as start() says and has the product
-// of the previous h with the recurrent weights added. `saved` is what backward reads (it may be x itself).
+// A unit block is kLanes hidden units; its gates lie side by side as kSlots vectors, which forward finds summed up and
+// where it leaves what backward reads.
 #pragma once
 
 #include "common/activation.h"
@@ -19,12 +18,11 @@ struct PlainCell {
   static constexpr int kGates = 1, kSlots = 1;
   static constexpr bool kCell = false;      // has a cell state c beside h
   static constexpr bool kCarry = false;     // backward passes a gradient to the step before beside the product
-  static constexpr bool kTwoSums = false;   // the gradients of the two products differ
+  static constexpr bool kTwoSums = false;   // the last gate's two products are not simply added
 
-  static INTERFUSE_INLINE Vec start(int, const float* x, const float*) { return load(x); }
-  static INTERFUSE_INLINE Vec forward(const Vec (&sum)[1], const float*, Vec, Vec&, float* saved) {
-    const Vec h = activate(Activation{Kind, 0}, sum[0]);
-    if (saved) store(saved, h);
+  static INTERFUSE_INLINE Vec forward(float* gates, bool save, Vec, Vec&) {
+    const Vec h = activate(Activation{Kind, 0}, load(gates));
+    if (save) store(gates, h);
     return h;
   }
   static INTERFUSE_INLINE void backward(Vec dh, Vec&, Vec, Vec, Vec, const float* saved, Vec (&dx)[1], Vec (&)[1]) {
@@ -37,12 +35,12 @@ struct LstmCell {
   static constexpr int kGates = 4, kSlots = 4;
   static constexpr bool kCell = true, kCarry = true, kTwoSums = false;
 
-  static INTERFUSE_INLINE Vec start(int gate, const float* x, const float*) { return vector_of(x, gate); }
-  static INTERFUSE_INLINE Vec forward(const Vec (&sum)[4], const float*, Vec, Vec& c, float* saved) {
-    const Vec i = logistic(sum[0]), f = logistic(sum[1]), g = tanh(sum[2]), o = logistic(sum[3]);
+  static INTERFUSE_INLINE Vec forward(float* gates, bool save, Vec, Vec& c) {
+    const Vec i = logistic(vector_of(gates, 0)), f = logistic(vector_of(gates, 1));
+    const Vec g = tanh(vector_of(gates, 2)), o = logistic(vector_of(gates, 3));
     c = f * c + i * g;
-    if (saved) {
-      store(saved, i), store(saved + kLanes, f), store(saved + 2 * kLanes, g), store(saved + 3 * kLanes, o);
+    if (save) {
+      store(gates, i), store(gates + kLanes, f), store(gates + 2 * kLanes, g), store(gates + 3 * kLanes, o);
     }
     return o * tanh(c);
   }
@@ -61,24 +59,21 @@ struct LstmCell {
 };
 
 struct GruCell {
-  static constexpr int kGates = 3, kSlots = 4;  // the fourth saves the new gate's recurrent sum
+  static constexpr int kGates = 3, kSlots = 4;  // reset, update, and the new gate's recurrent and input sums
   static constexpr bool kCell = false, kCarry = true, kTwoSums = true;
 
-  // The reset gate multiplies the recurrent sum of the new gate, its bias included, so that sum starts alone.
-  static INTERFUSE_INLINE Vec start(int gate, const float* x, const float* bias) {
-    return gate < 2 ? vector_of(x, gate) : load(bias);
-  }
-  static INTERFUSE_INLINE Vec forward(const Vec (&sum)[3], const float* x, Vec h_before, Vec&, float* saved) {
-    const Vec r = logistic(sum[0]), z = logistic(sum[1]), n = tanh(vector_of(x, 2) + r * sum[2]);
-    if (saved) {
-      store(saved, r), store(saved + kLanes, z), store(saved + 2 * kLanes, n), store(saved + 3 * kLanes, sum[2]);
+  static INTERFUSE_INLINE Vec forward(float* gates, bool save, Vec h_before, Vec&) {
+    const Vec r = logistic(vector_of(gates, 0)), z = logistic(vector_of(gates, 1));
+    const Vec n = tanh(vector_of(gates, 3) + r * vector_of(gates, 2));
+    if (save) {
+      store(gates, r), store(gates + kLanes, z), store(gates + 3 * kLanes, n);
     }
     return n + z * (h_before - n);
   }
   // carry: the gradient that reaches the h before without passing a product.
   static INTERFUSE_INLINE void backward(Vec dh, Vec& carry, Vec, Vec, Vec h_before, const float* saved, Vec (&dx)[3],
                                         Vec (&dsum)[3]) {
-    const Vec r = vector_of(saved, 0), z = vector_of(saved, 1), n = vector_of(saved, 2), hn = vector_of(saved, 3);
+    const Vec r = vector_of(saved, 0), z = vector_of(saved, 1), hn = vector_of(saved, 2), n = vector_of(saved, 3);
     const Vec dn = dh * (1.f - z) * (1.f - n * n);
     dx[0] = dsum[0] = dn * hn * r * (1.f - r);
     dx[1] = dsum[1] = dh * (h_before - n) * z * (1.f - z);
@@ -87,6 +82,17 @@ struct GruCell {
     carry = dh * z;
   }
 };
+
+// Calls body.template run<Cell>() for the problem's cell.
+template <class Body>
+INTERFUSE_INLINE void for_cell(int cell, Body&& body) {
+  switch (cell) {
+    case INTERFUSE_LSTM: return body.template run<LstmCell>();
+    case INTERFUSE_GRU: return body.template run<GruCell>();
+    case INTERFUSE_RNN_RELU: return body.template run<PlainCell<INTERFUSE_RELU>>();
+    default: return body.template run<PlainCell<INTERFUSE_TANH>>();
+  }
+}
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

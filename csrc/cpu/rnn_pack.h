@@ -1,69 +1,146 @@
 // Weights in the order in which the recurrent kernels read them. Per-ISA (see common/simd.h).
 #pragma once
 
+#include "common/transpose.h"
 #include "cpu/rnn_cells.h"
+#include "cpu/rnn_products.h"
 #include "cpu/rnn_shapes.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-// w (gates * units, depth), as torch keeps it, to [unit block][k][gate][lane]; lanes beyond the last unit are zero.
-template <class W>
-INTERFUSE_INLINE void pack_gates(const float* w, int64_t gates, int64_t units, int64_t depth, int64_t first_block,
-                                 int64_t end_block, W* to) {
-  for (int64_t block = first_block; block < end_block; ++block) {
-    W* panel = to + block * depth * gates * kLanes;
-    for (int64_t gate = 0; gate < gates; ++gate)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t unit = block * kLanes + lane;
-        W* out = panel + gate * kLanes + lane;
-        if (unit < units) {
-          const float* row = w + (gate * units + unit) * depth;
-          for (int64_t k = 0; k < depth; ++k) put(out + k * gates * kLanes, row[k]);
-        } else {
-          for (int64_t k = 0; k < depth; ++k) put(out + k * gates * kLanes, 0.f);
-        }
+// Rows w[0..rows), `depth` floats each, become the lanes of one vector: to[k * step + lane], k in pairs where half.
+// Lanes without a row are zero.
+INTERFUSE_INLINE void pack_vector(const float* w, int64_t rows, int64_t depth, bool half, float* to, int64_t step) {
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const int count = static_cast<int>(depth - k < kLanes ? depth - k : kLanes);
+    Vec block[kLanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      if (j >= rows)
+        block[j] = zero();
+      else
+        block[j] = count == kLanes ? load(w + j * depth + k) : load_first(w + j * depth + k, count);
+    }
+    transpose(block);
+    if (half) {
+      for (int j = 0; j < count; j += 2) {
+        const Vec odd = j + 1 < count ? block[j + 1] : zero();
+        store(to + (k + j) / 2 * step, (Vec)(bf16_bits(block[j]) | (bf16_bits(odd) << 16)));
       }
+    } else {
+      for (int j = 0; j < count; ++j) store(to + (k + j) * step, block[j]);
+    }
   }
 }
 
-// The same weight for products with the gates' gradient: [panel of columns][unit block, gate, lane][column of the panel].
-// A panel has Panel vectors; the last one has what is left.
-template <int Panel>
-INTERFUSE_INLINE void pack_gates_transposed(const float* w, int64_t gates, int64_t units, int64_t columns,
-                                            int64_t first_block, int64_t end_block, float* to) {
-  const int64_t depth = padded(units) * gates, blocks = padded(columns) / kLanes;
-  for (int64_t block = first_block; block < end_block; ++block) {
-    const int64_t panel = block / Panel * Panel, vectors = blocks - panel < Panel ? blocks - panel : Panel;
-    float* column = to + panel * depth * kLanes + (block - panel) * kLanes;
-    const int64_t step = vectors * kLanes, left = columns - block * kLanes;
+// Where vector `vector` of a packed weight starts, and the distance of its k.
+struct PackPlace {
+  int64_t at, step;
+  INTERFUSE_INLINE PackPlace(Packing packing, int64_t vectors, int64_t depth, int64_t vector) {
+    const int64_t panel = packing.panel > 1 ? packing.panel : vector / 4 < vectors / 4 ? 4 : 1;
+    at = (vector / panel * panel * packing.words(depth) + vector % panel) * kLanes;
+    step = panel * kLanes;
+  }
+};
+
+// Vectors of w (gates * units, depth), as torch keeps it; vector (block, gate) is number block * gates + gate.
+inline void pack_gates(const float* w, int64_t gates, int64_t units, int64_t depth, Packing packing, Range vectors, float* to) {
+  const int64_t all = padded(units) / kLanes * gates;
+  for (int64_t v = vectors.begin; v < vectors.end; ++v) {
+    const PackPlace place(packing, all, depth, v);
+    const int64_t unit = v / gates * kLanes;
+    pack_vector(w + (v % gates * units + unit) * depth, units - unit, depth, packing.half, to + place.at, place.step);
+  }
+}
+
+// The same weight for products with the gates' gradient: its vectors are columns, its k is [unit block][gate][lane].
+inline void pack_gates_transposed(const float* w, int64_t gates, int64_t units, int64_t columns, Range vectors, float* to) {
+  const Packing packing{1, false};
+  const int64_t depth = padded(units) * gates;
+  for (int64_t v = vectors.begin; v < vectors.end; ++v) {
+    const PackPlace place(packing, padded(columns) / kLanes, depth, v);
+    float* column = to + place.at;
+    const int64_t left = columns - v * kLanes;
     const int width = left < kLanes ? static_cast<int>(left) : kLanes;
     if (units % kLanes)  // the lanes beyond the last unit are never written below
-      for (int64_t k = 0; k < depth; ++k) store(column + k * step, zero());
+      for (int64_t k = 0; k < depth; ++k) store(column + k * place.step, zero());
     for (int64_t gate = 0; gate < gates; ++gate)
       for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t k = (unit / kLanes * gates + gate) * kLanes + unit % kLanes;
-        store(column + k * step, load_first(w + (gate * units + unit) * columns + block * kLanes, width));
+        const float* from = w + (gate * units + unit) * columns + v * kLanes;
+        store(column + k * place.step, width == kLanes ? load(from) : load_first(from, width));
       }
   }
 }
 
-// The bias that the input's product starts with, [unit block][gate][lane], and the one that the recurrent sum of the
-// cell's last gate starts with (GRU), [unit block][lane].
+// What the gates start with, [unit block][slot][lane]: the biases' sum; but where the cell keeps the two products of its
+// last gate apart, the recurrent one's in the last gate's own slot and the input's in the slot behind.
 template <class Cell>
-INTERFUSE_INLINE void pack_bias(const Rnn& p, const interfuse_rnn_weights& w, float* input, float* recurrent) {
-  const int64_t units = padded(p.hidden);
-  memset(input, 0, static_cast<size_t>(units) * Cell::kGates * 4);
-  memset(recurrent, 0, static_cast<size_t>(units) * 4);
+INTERFUSE_INLINE void pack_bias(const Rnn& p, const interfuse_rnn_weights& w, float* to) {
+  memset(to, 0, static_cast<size_t>(padded(p.hidden)) * Cell::kSlots * 4);
   if (!p.bias) return;
   for (int64_t gate = 0; gate < Cell::kGates; ++gate)
     for (int64_t unit = 0; unit < p.hidden; ++unit) {
       const int64_t from = gate * p.hidden + unit;
-      const bool apart = Cell::kTwoSums && gate == Cell::kGates - 1;
-      input[(unit / kLanes * Cell::kGates + gate) * kLanes + unit % kLanes] = w.b_ih[from] + (apart ? 0.f : w.b_hh[from]);
-      if (apart) recurrent[unit] = w.b_hh[from];
+      float* slot = to + (unit / kLanes * Cell::kSlots + gate) * kLanes + unit % kLanes;
+      if (Cell::kTwoSums && gate == Cell::kGates - 1)
+        slot[0] = w.b_hh[from], slot[kLanes] = w.b_ih[from];
+      else
+        slot[0] = w.b_ih[from] + w.b_hh[from];
     }
 }
+
+// All of a stack's weights for the forward pass, one (layer, direction) after the other.
+template <class Cell>
+class ForwardWeights {
+ public:
+  struct Of {
+    const float *w_ih, *w_hh, *w_hr, *bias;
+  };
+
+  INTERFUSE_INLINE explicit ForwardWeights(const Rnn& p) : p_(p) {
+    w_hh_ = recurrent().floats(vectors(), p.output());
+    w_hr_ = p.projection ? kPlain.floats(padded(p.projection) / kLanes, p.hidden) : 0;
+    bias_ = padded(p.hidden) * Cell::kSlots;
+  }
+
+  static constexpr Packing kPlain{1, false};
+  static constexpr Packing input() { return {Cell::kGates > 1 ? Cell::kGates : 1, false}; }
+  INTERFUSE_INLINE Packing recurrent() const { return {input().panel, p_.half_weights}; }
+  INTERFUSE_INLINE int64_t vectors() const { return padded(p_.hidden) / kLanes * Cell::kGates; }
+
+  INTERFUSE_INLINE int64_t floats() const {
+    return p_.directions * (size(0) + (p_.layers > 1 ? (p_.layers - 1) * size(1) : 0));
+  }
+  INTERFUSE_INLINE Of at(const float* base, int64_t layer, int d) const {
+    const float* one = base + (layer ? p_.directions * (size(0) + (layer - 1) * size(1)) + d * size(1) : d * size(0));
+    return {one + w_hh_ + w_hr_ + bias_, one, one + w_hh_, one + w_hh_ + w_hr_};
+  }
+
+  // This thread's share of them.
+  void fill(const interfuse_rnn_weights* weights, float* base, int thread, int threads) const {
+    for (int64_t layer = 0; layer < p_.layers; ++layer)
+      for (int d = 0; d < p_.directions; ++d) {
+        const interfuse_rnn_weights& w = weights[layer * p_.directions + d];
+        const Of to = at(base, layer, d);
+        const Range mine = share(vectors(), thread, threads);
+        pack_gates(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), input(), mine, const_cast<float*>(to.w_ih));
+        pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), recurrent(), mine, const_cast<float*>(to.w_hh));
+        if (p_.projection)
+          pack_gates(w.w_hr, 1, p_.projection, p_.hidden, kPlain, share(padded(p_.projection) / kLanes, thread, threads),
+                     const_cast<float*>(to.w_hr));
+        if (thread == 0) pack_bias<Cell>(p_, w, const_cast<float*>(to.bias));
+      }
+  }
+
+ private:
+  INTERFUSE_INLINE int64_t size(int64_t layer) const {
+    return w_hh_ + w_hr_ + bias_ + input().floats(vectors(), p_.layer_input(layer));
+  }
+  const Rnn& p_;
+  int64_t w_hh_, w_hr_, bias_;
+};
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -1,114 +1,62 @@
-// The matrix products of the recurrent kernels, on weights packed as [block][k][vectors]. Per-ISA.
+// The matrix products of the recurrent kernels: a few rows times packed weights. Per-ISA (see common/simd.h).
+//
+// A packed weight is a sequence of panels, [panel][k][vector][lane], of one, three or four vectors; panels of four
+// followed by panels of one keep vector v of the weight at v * depth * kLanes. bfloat16 weights hold two steps of k in
+// each 32-bit word, the even one below: a shift and a mask make floats of them.
 #pragma once
 
-#include "common/gemm.h"
 #include "common/simd.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-// The product inside a step: acc[r][v] += sum over k of a(r, k) * w[k][v]. Few rows would leave few accumulators, each
-// waiting out its multiply-add's latency, so k is dealt out to Split sets of them.
-template <int Rows, int Vectors, int Split, class W>
-INTERFUSE_INLINE void step_product(int64_t depth, const float* a, int64_t a_row, const W* w, Vec (&acc)[Rows][Vectors]) {
-  Vec part[Split][Rows][Vectors];
-  unrolled<Split>([&](int s) __attribute__((always_inline)) {
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      unrolled<Vectors>([&](int v) __attribute__((always_inline)) { part[s][r][v] = s ? zero() : acc[r][v]; });
-    });
-  });
-  const auto step = [&](int s) __attribute__((always_inline)) {
-    Vec columns[Vectors];
-    unrolled<Vectors>([&](int v) __attribute__((always_inline)) { columns[v] = load(w + (s * Vectors + v) * kLanes); });
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      const Vec value = splat(a[r * a_row + s]);
-      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
-        part[s][r][v] = multiply_add(value, columns[v], part[s][r][v]);
-      });
-    });
-  };
-  int64_t k = 0;
-  for (; k + Split <= depth; k += Split) {
-    unrolled<Split>([&](int s) __attribute__((always_inline)) { step(s); });
-    a += Split, w += Split * Vectors * kLanes;
-    asm("" : "+r"(a), "+r"(w));  // as in gemm_tile: no loads of the next step started early
-  }
-  for (; k < depth; ++k, ++a, w += Vectors * kLanes) {
-    unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-      unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
-        part[0][r][v] = multiply_add(splat(*(a + r * a_row)), load(w + v * kLanes), part[0][r][v]);
-      });
-    });
-  }
-  unrolled<Rows>([&](int r) __attribute__((always_inline)) {
-    unrolled<Vectors>([&](int v) __attribute__((always_inline)) {
-      Vec sum = part[0][r][v];
-      for (int s = 1; s < Split; ++s) sum = sum + part[s][r][v];
-      acc[r][v] = sum;
-    });
-  });
-}
+// c(row, vector) = start(row, vector) + sum over k of a(row, k) * w(k, vector). Distances are in floats.
+struct Product {
+  int64_t depth;
+  const float* a;
+  int64_t a_row;
+  const float* w;
+  int64_t w_panel;
+  const float* start;  // may be c; null: zeros
+  int64_t start_row;   // 0: all rows start alike
+  int64_t start_panel;
+  float* c;
+  int64_t c_row, c_panel;
+  int64_t last;  // of panels of three: so much further on stands c's last vector
+};
+using ProductKernel = void (*)(const Product&, int64_t rows, int64_t panels);
 
-// Accumulator sets that bring a tile to about ten.
-constexpr int step_split(int accumulators) {
-  return accumulators >= 8 || kGemmAccumulators < 12 ? 1 : accumulators >= 4 ? 2 : kGemmAccumulators >= 24 && accumulators < 2 ? 8 : 4;
-}
+extern const ProductKernel product4, product3, product1, half_product4, half_product3, half_product1;
 
-// Rows of a tile: a dozen accumulators are enough, and each size is one more copy of the loop.
-constexpr int step_rows(int gates) { return gemm_tile_rows(gates) < 12 ? gemm_tile_rows(gates) : 12; }
+// How a weight is packed: whole panels of `panel` vectors (3 or 4), or, with panel 1, panels of four and then of one.
+struct Packing {
+  int panel;
+  bool half;
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
+  INTERFUSE_INLINE int64_t words(int64_t depth) const { return half ? (depth + 1) / 2 : depth; }
+  INTERFUSE_INLINE int64_t floats(int64_t vectors, int64_t depth) const { return vectors * words(depth) * kLanes; }
 };
 
-// Calls body(Count<n>) with the largest n of Most, Most / 2, ..., 1 that is at most `rows`, and returns it: a kernel for
-// every number of rows would be two dozen copies of the same loop.
-template <int Most, class Body>
-INTERFUSE_INLINE int one_tile(int64_t rows, Body&& body) {
-  if constexpr (Most > 1) {
-    if (rows < Most) return one_tile<Most / 2>(rows, body);
-  }
-  body(Count<Most>{});
-  return Most;
-}
-
-// c = or += a * b for a whole matrix of `rows`: a(r, k) at a[r * a_row + k * a_step], b packed as [block][k][Vectors]
-// with `blocks` blocks b_block floats apart, c's block v-vectors c_block floats apart and rows c_row apart. start(block,
-// v) is what a fresh sum begins with (add: what c holds).
-template <int Vectors, class Start>
-INTERFUSE_INLINE void packed_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
-                                     const float* b, int64_t b_step, int64_t b_block, int64_t first_block,
-                                     int64_t end_block, float* c, int64_t c_row, int64_t c_block, bool add, Start&& start) {
-  constexpr int kRows = step_rows(Vectors);
-  for (int64_t block = first_block; block < end_block; ++block)
-    for (int64_t r = 0; r < rows;) {
-      float* to = c + r * c_row + block * c_block;
-      r += one_tile<kRows>(rows - r, [&](auto count) __attribute__((always_inline)) {
-        gemm_tile<decltype(count)::value, Vectors>(
-            depth, a + r * a_row, a_row, a_step, b + block * b_block, b_step,
-            [&](int i, int v) __attribute__((always_inline)) {
-              return add ? load(to + i * c_row + v * kLanes) : start(block, v);
-            },
-            [&](int i, int v, Vec sum) __attribute__((always_inline)) { store(to + i * c_row + v * kLanes, sum); });
-      });
-    }
-}
-
-// c (rows, blocks * kLanes, c_row apart) = or += a * b, where b is in panels of four vectors and a last one of what is
-// left: either packed one after the other (b_row 0), or rows of a plain matrix b_row apart.
-INTERFUSE_INLINE void wide_product(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                   int64_t b_row, int64_t b_panel, int64_t blocks, float* c, int64_t c_row, bool add) {
-  const auto nothing = [](int64_t, int) __attribute__((always_inline)) { return zero(); };
-  const int64_t full = blocks / 4, rest = blocks % 4, panel = 4 * kLanes;
-  packed_product<4>(rows, depth, a, a_row, a_step, b, b_row ? b_row : panel, b_panel * panel, 0, full, c, c_row, panel, add, nothing);
-  b += full * b_panel * panel, c += full * panel;
-  const int64_t width = rest * kLanes;
-  switch (rest) {
-    case 3: packed_product<3>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
-    case 2: packed_product<2>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
-    case 1: packed_product<1>(rows, depth, a, a_row, a_step, b, b_row ? b_row : width, 0, 0, 1, c, c_row, 0, add, nothing); break;
-  }
+// The product with vectors [first, first + vectors) of a weight of depth `whole`, from its k `skipped` (even) on. w,
+// start and c are those of vector 0 and k 0; w_panel is filled in here, and without panels so are the other distances.
+INTERFUSE_INLINE void packed_product(Packing packing, int64_t whole, int64_t skipped, Product p, int64_t rows, int64_t first,
+                                     int64_t vectors) {
+  const int64_t vector_floats = packing.words(whole) * kLanes, before = packing.words(skipped) * kLanes;
+  const auto run = [&](ProductKernel kernel, int panel, int64_t panels) __attribute__((always_inline)) {
+    Product part = p;
+    part.w += first * vector_floats + before * panel;
+    part.w_panel = panel * vector_floats;
+    if (part.start) part.start += first / panel * part.start_panel;
+    part.c += first / panel * part.c_panel;
+    kernel(part, rows, panels);
+  };
+  if (packing.panel == 3) return run(packing.half ? half_product3 : product3, 3, vectors / 3);
+  if (packing.panel == 4) return run(packing.half ? half_product4 : product4, 4, vectors / 4);
+  p.start_panel = p.c_panel = 4 * kLanes;
+  if (vectors >= 4) run(packing.half ? half_product4 : product4, 4, vectors / 4);
+  first += vectors / 4 * 4;
+  p.start_panel = p.c_panel = kLanes;
+  if (vectors % 4) run(packing.half ? half_product1 : product1, 1, vectors % 4);
 }
 
 }  // namespace INTERFUSE_ISA

@@ -2,6 +2,7 @@
 // by side. Per-ISA (see common/simd.h).
 #pragma once
 
+#include "common/parallel.h"
 #include "common/rnn.h"
 #include "common/simd.h"
 
@@ -28,17 +29,6 @@ struct RnnLayout {
   }
 };
 
-// Calls body.template run<Cell>() for the problem's cell.
-template <class Body>
-INTERFUSE_INLINE void for_cell(int cell, Body&& body) {
-  switch (cell) {
-    case INTERFUSE_LSTM: return body.template run<LstmCell>();
-    case INTERFUSE_GRU: return body.template run<GruCell>();
-    case INTERFUSE_RNN_RELU: return body.template run<PlainCell<INTERFUSE_RELU>>();
-    default: return body.template run<PlainCell<INTERFUSE_TANH>>();
-  }
-}
-
 // One token's input to a layer: a row of x, of the embedding table, or the two directions' outputs of the layer below.
 struct RnnInput {
   const Rnn& p;
@@ -46,6 +36,16 @@ struct RnnInput {
   const interfuse_rnn_sequences* in;
   const float* below[2];  // outputs of the layer below by direction; null in the first layer
   int64_t below_row;
+
+  // Where the tokens' inputs from step s on already lie `row` floats apart, or null.
+  INTERFUSE_INLINE const float* rows(int direction, int64_t s, int64_t& row) const {
+    if (below[0]) {
+      row = below_row;
+      return p.directions == 1 ? below[0] + order.first[s] * below_row : nullptr;
+    }
+    row = p.x_step;
+    return direction == 0 && order.rows == 1 && !p.vocabulary ? in->x + order.row[0] * p.x_row + s * p.x_step : nullptr;
+  }
 
   INTERFUSE_INLINE void copy(int direction, int64_t s, int64_t j, float* to) const {
     const int64_t t = order.time_of(direction, s, j);
