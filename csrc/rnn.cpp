@@ -81,8 +81,9 @@ int64_t parts_for(const Rnn& p, const int64_t* lengths, int threads) {
   return threads > 1 && bytes <= kBytes && tokens >= kRows * threads * p.steps ? threads : 1;
 }
 
-// The reserve begins with the number of parts that forward made, which backward must follow.
-constexpr int64_t kReserveHead = 16;
+// Behind what the kernels keep of the tokens stands the number of parts that forward made, which backward must follow.
+// It has a float for each token, so that the whole is a multiple of their number.
+int64_t parts_place(const RnnKernels& kernels, const Rnn& p) { return kernels.reserve(p, p.batch * p.steps); }
 
 void check_ids(const Rnn& p, const int64_t* lengths, const int64_t* ids) {
   if (!p.vocabulary) return;
@@ -168,7 +169,7 @@ void interfuse_rnn_destroy(interfuse_rnn* plan) { delete plan; }
 int64_t interfuse_rnn_reserve(const interfuse_rnn* plan) {
   using namespace interfuse;
   const Rnn& p = plan->problem;
-  return p.save ? kReserveHead + plan->kernels->reserve(p, p.batch * p.steps) : 0;
+  return p.save ? parts_place(*plan->kernels, p) + p.batch * p.steps : 0;
 }
 
 interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
@@ -187,10 +188,7 @@ interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfus
     check_ids(p, sequences->lengths, sequences->ids);
     const int team = std::min(usable_threads(threads), kMostRnnThreads);
     const Parts parts(p, sequences->lengths, parts_for(p, sequences->lengths, team));
-    if (p.save && p.steps) {
-      reserve[0] = static_cast<float>(parts.all().count);
-      reserve += kReserveHead;
-    }
+    if (p.save && p.steps) reserve[parts_place(*plan->kernels, p)] = static_cast<float>(parts.all().count);
     plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team});
   });
 }
@@ -211,10 +209,10 @@ interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan, const interfu
     check_ids(p, sequences->lengths, sequences->ids);
     int64_t count = 1;
     if (p.batch && p.steps) {
-      if (!(reserve[0] >= 1 && reserve[0] <= static_cast<float>(p.batch)))
+      const float made = reserve[parts_place(*plan->kernels, p)];
+      if (!(made >= 1 && made <= static_cast<float>(p.batch)))
         invalid("rnn: backward was given a reserve that no forward of this plan has written; pass forward's.");
-      count = static_cast<int64_t>(reserve[0]);
-      reserve += kReserveHead;
+      count = static_cast<int64_t>(made);
     }
     const Parts parts(p, sequences->lengths, count);
     plan->kernels->backward(p, parts.all(), {sequences, weights, reserve, grad_y, grad_hn, grad_cn, grad_x, grad_h0, grad_c0,

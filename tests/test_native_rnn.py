@@ -275,3 +275,77 @@ def test_lengths_and_ids_out_of_range_are_refused() -> None:
     looked_up = replace(run_of(Case(batch=2)), x=torch.randn(5, 6), ids=torch.full((2, 9), 5))
     with pytest.raises(ValueError, match="token id 5 at step 0 of sequence 0 is outside the embedding"):
         looked_up.forward(save=False)
+
+
+def writes() -> dict[str, object]:
+    """Ways to change a weight in place; a version counter notices the first two only."""
+
+    def step(p: nn.Parameter) -> None:
+        p.grad = torch.ones_like(p)
+        torch.optim.SGD([p], lr=0.5).step()
+
+    return {
+        "in place": lambda p: p.detach().add_(0.5),
+        "optimizer": step,
+        "data": lambda p: p.data.add_(0.5),
+        "one element": lambda p: p.data.view(-1)[-1:].add_(0.5),
+        "numpy": lambda p: p.detach().numpy().__iadd__(0.5),
+    }
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("write", writes())
+def test_a_changed_weight_is_seen(write: str, name: str) -> None:
+    run = run_of(Case(batch=3, projection=7, layers=2))
+    before = run.forward(save=False)[0]
+    with torch.no_grad() if write == "in place" else torch.enable_grad():
+        writes()[write](run.module.get_parameter(f"{name}_l1"))
+    after = run.forward(save=False)[0]
+    assert not torch.equal(after, before)
+    assert_close(after, truth_of(run).outputs[0], allowed(run.case), "y")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("cell", MODULES)
+def test_rows_dealt_out_to_threads(cell: str, threads: int) -> None:
+    """From four rows a thread on, each thread takes sequences of its own; backward may have fewer threads."""
+    run = run_of(Case(cell=cell, batch=14, steps=13, hidden=24, layers=2, ragged=True, threads=threads))
+    truth = truth_of(run)
+    for name, ours, true in zip(("y", "hn", "cn"), run.forward(save=True), truth.outputs, strict=False):
+        assert_close(ours, true, allowed(run.case), name)
+    gradients = [torch.randn(t.shape) for t in truth.outputs]
+    sum((t * g.double()).sum() for t, g in zip(truth.outputs, gradients, strict=True)).backward()
+    for fewer in (threads, 1):
+        run.case = replace(run.case, threads=fewer)
+        ours = run.backward(*gradients, *[None] * (3 - len(gradients)))
+        for name, leaf in truth.leaves.items():
+            assert_close(ours[name], leaf.grad, 4 * allowed(run.case), name)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_long_sequences(batch: int) -> None:
+    run = run_of(Case(batch=batch, steps=2000, hidden=16))
+    assert_close(run.forward(save=False)[0], truth_of(run).outputs[0], allowed(run.case), "y")
+
+
+@pytest.mark.parametrize("cell", MODULES)
+def test_empty_batches_and_sequences(cell: str) -> None:
+    run = run_of(Case(cell=cell, batch=0))
+    y, hn, cn = run.forward(save=True)
+    assert y.numel() == hn.numel() == 0
+    gradients = run.backward(y, hn, cn if cell == "lstm" else None)
+    assert all(not gradients[name].any() for name, _ in run.module.named_parameters())
+    run = run_of(Case(cell=cell, batch=3, steps=0))
+    y, hn, cn = run.forward(save=True)
+    assert torch.equal(hn, run.h0)
+    gradients = run.backward(y, hn, cn if cell == "lstm" else None)
+    assert torch.equal(gradients["h0"], hn)
+    assert all(not gradients[name].any() for name, _ in run.module.named_parameters())
+
+
+def test_a_reserve_that_no_forward_wrote_is_refused() -> None:
+    run = run_of(Case(batch=2))
+    y, hn, cn = run.forward(save=True)
+    run.reserve.zero_()
+    with pytest.raises(ValueError, match="a reserve that no forward of this plan has written"):
+        run.backward(y, hn, cn)

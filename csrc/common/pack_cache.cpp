@@ -8,6 +8,8 @@
 #include <mutex>
 #include <new>
 
+#include "common/scratch.h"
+
 namespace interfuse {
 
 struct Pack::Block {
@@ -86,7 +88,8 @@ void keep(Pack::Block* block) {
 Pack::Pack(const PackKey& key, size_t bytes, void (*fill)(void*, void*), void* context) : block_(find(key)) {
   if (block_) return;
   const size_t rounded = (bytes + 4095) / 4096 * 4096;
-  void* data = std::aligned_alloc(4096, rounded ? rounded : 4096);
+  // Weights of megabytes are streamed from end to end: huge pages spare a look-up for every 4 KiB.
+  void* data = bytes >= (size_t(4) << 20) ? allocate_pages(rounded) : std::aligned_alloc(4096, rounded ? rounded : 4096);
   if (!data) throw std::bad_alloc();
   try {
     fill(context, data);

@@ -24,7 +24,9 @@ thread_local Block blocks[static_cast<int>(Slot::count)];
 // than the first-level TLB holds; with huge pages they need two or three.
 constexpr size_t kHugePage = size_t(2) << 20;
 
-void* allocate(size_t bytes) {
+}  // namespace
+
+void* allocate_pages(size_t bytes) {
   const bool huge = bytes >= kHugePage / 4;
   const size_t unit = huge ? kHugePage : 4096, rounded = (bytes + unit - 1) / unit * unit;
   void* data = std::aligned_alloc(unit, rounded);
@@ -34,8 +36,6 @@ void* allocate(size_t bytes) {
   return data;
 }
 
-}  // namespace
-
 void* scratch(Slot slot, size_t bytes) {
   Block& block = blocks[static_cast<int>(slot)];
   if (bytes > block.size || (block.size > kCap && bytes <= kCap)) {
@@ -44,7 +44,7 @@ void* scratch(Slot slot, size_t bytes) {
     block.size = 0;
     size_t rounded = (bytes + 4095) / 4096 * 4096;
     if (rounded < bytes) throw std::bad_alloc();
-    block.data = allocate(rounded ? rounded : 4096);
+    block.data = allocate_pages(rounded ? rounded : 4096);
     if (!block.data) throw std::bad_alloc();
     block.size = rounded;
   }

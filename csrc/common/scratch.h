@@ -13,6 +13,10 @@ namespace interfuse {
 enum class Slot { tiles, products, rows, gradient, weight, pack, flags, other, count };
 void* scratch(Slot slot, size_t bytes);
 
+// Fresh memory for free(), aligned to 4 KiB at least, in huge pages where it is large and the system grants them; null where
+// there is none.
+void* allocate_pages(size_t bytes);
+
 inline float* scratch_floats(Slot slot, int64_t count) {
   return static_cast<float*>(scratch(slot, static_cast<size_t>(count) * sizeof(float)));
 }

@@ -93,14 +93,15 @@ INTERFUSE_INLINE Vec logistic(Vec x) {
 }
 
 INTERFUSE_INLINE Vec tanh(Vec x) {
-  // With t = exp(-2 |x|) - 1, which loses no digits near zero: -t / (t + 2). From 10 on that rounds to 1.
-  const Reduced minus = reduced(at_least(-2.f * magnitude(x), -20.f));
+  // With e = exp(-2 |x|): 1 - 2 e / (1 + e). From 10 on that rounds to 1. Near zero, where it would lose digits to its
+  // difference, (1 - e) / (1 + e), whose e - 1 is formed before e is.
+  const Vec size = magnitude(x);
+  const Reduced minus = reduced(at_least(-2.f * size, -20.f));
   const Vec power = scaled(splat(1.f), minus.n);
   const Vec rest = multiply_add(minus.r * minus.r, exp_rest(minus.r), minus.r);
-  const Vec t = multiply_add(power, rest, power - 1.f);
-  const Vec d = t + 2.f, inverse = reciprocal(d), quotient = t * inverse;
-  // The reciprocal's error would be the largest one.
-  return with_sign_of(magnitude(multiply_add(multiply_add(-quotient, d, t), inverse, quotient)), x);
+  const Vec e = multiply_add(power, rest, power), less = multiply_add(power, rest, power - 1.f);
+  const Vec inverse = reciprocal(e + 1.f);
+  return with_sign_of(select(size < splat(0.6f), magnitude(less * inverse), multiply_add(-2.f * e, inverse, splat(1.f))), x);
 }
 
 INTERFUSE_INLINE Vec erf(Vec x) {
