@@ -46,7 +46,8 @@ void interfuse_conv_pool_defaults(interfuse_conv_pool_spec* spec) {
 
 interfuse_status interfuse_conv_pool_create(const interfuse_conv_pool_spec* spec, interfuse_conv_pool** plan) {
   return interfuse::guarded([&] {
-    if (!spec || !plan) interfuse::invalid("conv_pool: create was given a null pointer; pass a spec and a place for the plan.");
+    if (!spec || !plan)
+      interfuse::invalid("conv_pool: create was given a null pointer; pass a spec and a place for the plan.");
     auto made = std::make_unique<interfuse_conv_pool>();
     made->problem = interfuse::checked_conv_pool(*spec);
     made->kernels = INTERFUSE_PICK(conv_pool_kernels);
@@ -56,7 +57,8 @@ interfuse_status interfuse_conv_pool_create(const interfuse_conv_pool_spec* spec
       if (reason.empty()) break;
       made->why += (made->why.empty() ? "" : " ") + std::string("Not ") + made->algorithm->name + ": " + reason;
     }
-    if (made->why.empty()) made->why = std::string("The first in the table, ") + made->algorithm->name + ", takes this problem.";
+    if (made->why.empty())
+      made->why = std::string("The first in the table, ") + made->algorithm->name + ", takes this problem.";
     *plan = made.release();
   });
 }
@@ -83,9 +85,11 @@ interfuse_status interfuse_conv_pool_forward(const interfuse_conv_pool* plan, co
     if (!plan) interfuse::invalid("conv_pool: forward was given no plan; make one with interfuse_conv_pool_create.");
     const ConvPool& p = plan->problem;
     if (p.batch == 0) return;
-    if (!x || !weight || !y) interfuse::invalid("conv_pool: forward was given a null pointer for x, weight or y; all three are needed.");
+    if (!x || !weight || !y)
+      interfuse::invalid("conv_pool: forward was given a null pointer for x, weight or y; all three are needed.");
     if ((p.index_count() && !index) || (p.pre_count() && !pre))
-      interfuse::invalid("conv_pool: this plan saves for backward; pass index and pre as large as interfuse_conv_pool_saved says.");
+      interfuse::invalid(
+          "conv_pool: this plan saves for backward; pass index and pre as large as interfuse_conv_pool_saved says.");
     (plan->kernels->*plan->algorithm->run)(p, {x, weight, bias, y, index, pre, interfuse::usable_threads(threads)});
   });
 }
@@ -99,9 +103,12 @@ interfuse_status interfuse_conv_pool_backward(const interfuse_conv_pool* plan, c
     if (!p.save) interfuse::invalid("conv_pool: backward needs a plan with save = 1, the one its forward ran with.");
     if (p.batch > 0) {
       if (!grad_y || (grad_weight && !x) || (grad_x && !weight))
-        interfuse::invalid("conv_pool: backward was given a null pointer; grad_y, x (for grad_weight) and weight (for grad_x) are needed.");
+        interfuse::invalid(
+            "conv_pool: backward was given a null pointer; "
+            "grad_y, x (for grad_weight) and weight (for grad_x) are needed.");
       if ((p.index_count() && !index) || (p.pre_count() && !pre) || (p.backward_reads_y() && !y))
-        interfuse::invalid("conv_pool: backward was not given what forward saved; pass its index, pre and, for this activation, y.");
+        interfuse::invalid(
+            "conv_pool: backward was not given what forward saved; pass its index, pre and, for this activation, y.");
     }
     plan->kernels->backward(p, {grad_y, x, weight, y, index, pre, grad_x, grad_weight, grad_bias,
                                 interfuse::usable_threads(threads)});

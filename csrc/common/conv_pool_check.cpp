@@ -24,7 +24,8 @@ int64_t checked_product(const char* what, std::initializer_list<int64_t> factors
 
 void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value < least || value > most)
-    invalid("conv_pool: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
+    invalid("conv_pool: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least,
+            (long long)most);
 }
 
 const char* axis_name(int axis) {
@@ -36,9 +37,10 @@ int64_t convolved(const interfuse_conv_pool_spec& s, int axis) {
   int64_t reach = s.dilation[axis] * (s.kernel[axis] - 1) + 1;
   int64_t padded = s.input[axis] + s.padding_lo[axis] + s.padding_hi[axis];
   if (padded < reach)
-    invalid("conv_pool: the kernel reaches over %lld elements along %s, but the padded input has %lld; use a larger input, "
-            "more padding, or a smaller kernel or dilation.",
-            (long long)reach, axis_name(axis), (long long)padded);
+    invalid(
+        "conv_pool: the kernel reaches over %lld elements along %s, but the padded input has %lld; use a larger input, "
+        "more padding, or a smaller kernel or dilation.",
+        (long long)reach, axis_name(axis), (long long)padded);
   return (padded - reach) / s.stride[axis] + 1;
 }
 
@@ -50,9 +52,10 @@ int64_t pooled(const interfuse_conv_pool_spec& s, int axis, int64_t size) {
   if (s.ceil_mode && slack + step - 1 < 0) count = 0;
   if (s.ceil_mode && (count - 1) * step >= size + pad) --count;
   if (count < 1)
-    invalid("conv_pool: the convolution gives %lld elements along %s, too few for a pooling window of %lld with padding %lld; "
-            "use a larger input or a smaller window.",
-            (long long)size, axis_name(axis), (long long)window, (long long)pad);
+    invalid(
+        "conv_pool: the convolution gives %lld elements along %s, too few for a pooling window of %lld with padding "
+        "%lld; use a larger input or a smaller window.",
+        (long long)size, axis_name(axis), (long long)window, (long long)pad);
   return count;
 }
 
@@ -66,8 +69,10 @@ void check_scalars(const interfuse_conv_pool_spec& s) {
   check_range("out_channels", s.out_channels, 1, INT32_MAX);
   check_range("groups", s.groups, 1, INT32_MAX);
   if (s.in_channels % s.groups || s.out_channels % s.groups)
-    invalid("conv_pool: %lld input and %lld output channels cannot be split into %lld groups; both must be multiples of groups.",
-            (long long)s.in_channels, (long long)s.out_channels, (long long)s.groups);
+    invalid(
+        "conv_pool: %lld input and %lld output channels cannot be split into %lld groups; "
+        "both must be multiples of groups.",
+        (long long)s.in_channels, (long long)s.out_channels, (long long)s.groups);
   for (int axis = 0; axis < 3; ++axis) {
     check_range("an input size", s.input[axis], 1, INT32_MAX);
     check_range("a kernel size", s.kernel[axis], 1, INT32_MAX);

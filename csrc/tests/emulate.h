@@ -1,6 +1,6 @@
-// Executes a CUDA kernel's source on the CPU, block after block: every CUDA thread is a fibre, __syncthreads() is a real
-// barrier, and the fibres run in an order that the test chooses, so that an access that only the order happens to protect
-// gives a different result. Shared memory starts out as NaN. Slow, for tiny grids.
+// Executes a CUDA kernel's source on the CPU, block after block: every CUDA thread is a fibre, __syncthreads() is a
+// real barrier, and the fibres run in an order that the test chooses, so that an access that only the order happens to
+// protect gives a different result. Shared memory starts out as NaN. Slow, for tiny grids.
 //
 // Include this, then the kernel's header.
 #pragma once
@@ -49,7 +49,8 @@ inline void barrier() {
 
 // One variable a kernel is enough so far; every thread of the block must see the same place.
 inline void* shared(size_t bytes) {
-  if (bytes > machine.shared.size() * sizeof(double)) throw std::runtime_error("the kernel uses more shared memory than the emulation has");
+  if (bytes > machine.shared.size() * sizeof(double))
+    throw std::runtime_error("the kernel uses more shared memory than the emulation has");
   return machine.shared.data();
 }
 

@@ -62,7 +62,9 @@ struct Result {
   std::vector<float> y, pre;
   std::vector<uint8_t> index;
   explicit Result(const ConvPool& p)
-      : y(static_cast<size_t>(p.y_count()), NAN), pre(static_cast<size_t>(p.pre_count()), 0), index(static_cast<size_t>(p.index_count()), 77) {}
+      : y(static_cast<size_t>(p.y_count()), NAN),
+        pre(static_cast<size_t>(p.pre_count()), 0),
+        index(static_cast<size_t>(p.index_count()), 77) {}
 };
 
 double distance(const std::vector<float>& a, const std::vector<float>& b) {
@@ -74,12 +76,12 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return worst;
 }
 
-Result emulated(const ConvPool& p, const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& b,
-                emulate::Order order) {
+Result emulated(const ConvPool& p, const std::vector<float>& x, const std::vector<float>& w,
+                const std::vector<float>& b, emulate::Order order) {
   Result r(p);
   const auto tiles = [](int64_t count) { return static_cast<unsigned>((count + cuda::kTile - 1) / cuda::kTile); };
-  emulate::launch({tiles(p.batch * p.out.volume()), tiles(p.group_out), static_cast<unsigned>(p.groups)}, cuda::kThreads,
-                  order, [&] {
+  emulate::launch({tiles(p.batch * p.out.volume()), tiles(p.group_out), static_cast<unsigned>(p.groups)},
+                  cuda::kThreads, order, [&] {
                     cuda::conv_pool_forward<float>(p, x.data(), w.data(), b.data(), r.y.data(),
                                                    r.index.empty() ? nullptr : r.index.data(),
                                                    r.pre.empty() ? nullptr : r.pre.data());
