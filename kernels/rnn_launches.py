@@ -6,7 +6,7 @@ Nothing here touches a device, so the tests compile the very same launches ahead
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def recurrence(problem: RnnProblem) -> Recurrence:
     room = min(RESIDENT_BYTES, shared_bytes(p.device) - BESIDE_RESIDENT_BYTES)
     if not vector_units and not p.proj_size and p.gates * padded * padded * size <= room:
         tile = Tile(16, padded, padded, 8 if padded > 128 or p.gates * padded > 256 else 4, 1)
-        return Recurrence(True, tile, replace(tile, warps=4) if p.cell == "gru" else tile)
+        return Recurrence(True, tile, tile)
     if vector_units:
         tile = Tile(16, min(padded, 32), 16, 8, 3)
         return Recurrence(False, tile, tile)
@@ -87,10 +87,11 @@ def recurrence(problem: RnnProblem) -> Recurrence:
     one_by_one = p.hidden_size % 16 or p.output_size % 16  # each element is read at its own address
     rows, warps, stages = (16, 8, 2) if one_by_one else (32, 8, 3) if crowded else (16, 4, 2)
     cols, deepest = min(padded, 64), 128 // size
+    backward_warps = 8 if p.proj_size else warps
     return Recurrence(
         False,
         Tile(rows, cols, power_of_two(p.output_size, 16, deepest), warps, stages),
-        Tile(rows, cols, power_of_two(p.gates * p.hidden_size, 16, 2 * deepest), warps, 3),
+        Tile(rows, cols, power_of_two(p.gates * p.hidden_size, 16, 2 * deepest), backward_warps, 3),
     )
 
 
