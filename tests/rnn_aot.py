@@ -80,8 +80,8 @@ def launches(step: Step) -> list[Launch]:
     p = RnnProblem(
         cell=step.cell, layers=1, directions=step.directions, bias=True, batch_first=False, batch=step.batch,
         steps=1 if step.plain else 100, input_size=64, hidden_size=step.hidden, proj_size=step.projection,
-        vocabulary=1000 if step.ids else 0, dtype=step.dtype, device=torch.device("meta"), ragged=not step.plain,
-        states=not step.plain, weight_dtype=None, save=True,
+        vocabulary=1000 if step.ids else 0, dtype=step.dtype, device=torch.device("meta"),
+        ragged=not step.plain, states=not step.plain, weight_dtype=None, save=True,
     )  # fmt: skip
 
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
