@@ -58,4 +58,9 @@ std::string winograd_why_not(const ConvPool& p) {
   return "";
 }
 
+bool winograd_has_gradients(const ConvPool& p) {
+  if (!winograd_why_not(p).empty()) return false;
+  return p.pool == INTERFUSE_POOL_NONE || (p.pool == INTERFUSE_POOL_MAX && p.window.d <= 2 && p.window.h == 2 && p.window.w == 2);
+}
+
 }  // namespace interfuse

@@ -17,7 +17,23 @@ from interfuse.reference import conv_pool as reference
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("poisoned_outputs")]
 
-BY_NAME = {case.name: case for case in EDGES}
+BLOCK = {"activation": "relu", "pool": "max", "pool_size": 2}
+# Enough tiles for Winograd's gradients, and tails in every direction.
+TILES = tuple(
+    Case(name, shape, weight, {**BLOCK, **arguments})
+    for name, shape, weight, arguments in (
+        ("tiles", (8, 33, 13, 15), (47, 33, 3, 3), {}),
+        ("tiles-strips", (3, 96, 39, 43), (65, 96, 3, 3), {"padding": 2, "activation": "gelu"}),
+        ("tiles-grouped", (9, 36, 9, 14), (34, 18, 3, 3), {"groups": 2, "padding": 1, "ceil_mode": True}),
+        ("tiles-unpooled", (5, 35, 15, 14), (33, 35, 3, 3), {"pool": None, "activation": "tanh"}),
+        ("tiles-3d", (5, 17, 10, 11, 17), (19, 17, 3, 3, 3), {}),
+        ("tiles-3d-two", (3, 16, 8, 13, 21), (20, 16, 3, 3, 3), {}),
+        ("tiles-3d-flat-pool", (8, 16, 8, 13, 9), (17, 16, 3, 3, 3),
+         {"padding": (1, 0, 1), "pool_size": (1, 2, 2)}),
+        ("tiles-3d-unpooled", (16, 18, 9, 8, 10), (16, 18, 3, 3, 3), {"pool": None, "padding": (0, 1, 0)}),
+    )
+)  # fmt: skip
+BY_NAME = {case.name: case for case in (*EDGES, *TILES)}
 DTYPES = (torch.float32, torch.bfloat16)
 NOISE = 1e-4  # far above what float32 loses, far below the values
 
@@ -51,7 +67,7 @@ def assert_gradients_right(case: Case, *tensors: torch.Tensor | None, **more: An
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("case", EDGES, ids=name_of)
+@pytest.mark.parametrize("case", [*EDGES, *TILES], ids=name_of)
 def test_named_cases(case: Case, dtype: torch.dtype, layout: str) -> None:
     assert_gradients_right(case, *oracle.tensors(case, dtype, layout == "channels_last"))
 
@@ -141,7 +157,7 @@ def test_any_strides_of_the_output_gradient(strides: str) -> None:
         assert tolerance.error(ours, truth) <= tolerance.FLOAT32_GRADIENT
 
 
-@pytest.mark.parametrize("name", ["relu-max", "block-3d", "audio"])
+@pytest.mark.parametrize("name", ["relu-max", "block-3d", "tiles", "tiles-3d", "audio"])
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)], ids=str)
 def test_only_the_gradients_asked_for(name: str, wanted: tuple[int, ...]) -> None:
     case = BY_NAME[name]
@@ -154,8 +170,9 @@ def test_only_the_gradients_asked_for(name: str, wanted: tuple[int, ...]) -> Non
         assert torch.equal(leaf.grad, expected) if want else leaf.grad is None
 
 
-@pytest.mark.parametrize("case", [c for c in EDGES if c.name.split("-")[-1] in ("none", "max", "avg")],
-                         ids=name_of)  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [*TILES, *(c for c in EDGES if c.name.split("-")[-1] in ("none", "max", "avg"))], ids=name_of
+)
 def test_a_second_backward_gives_the_same(case: Case) -> None:
     leaves = [t.requires_grad_() for t in oracle.tensors(case)]
     y = conv_pool(*leaves, **case.arguments)
@@ -198,6 +215,27 @@ def test_create_graph_gives_the_kernels_gradients_first() -> None:
     plain = torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
     graph = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "grad_y"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38], ids=str)
+@pytest.mark.parametrize("name", ["tiles", "tiles-3d", "tiles-unpooled"])
+def test_what_is_not_finite_stays_where_it_is(name: str, value: float, where: str) -> None:
+    """Winograd would spread it over a tile, or overflow near the largest float: both precisions agree."""
+    case = BY_NAME[name]
+    x, weight, bias = oracle.tensors(case)
+    params = oracle.params(case, "highest")
+    y, index, pre = OP(x, weight, bias, *params.as_args(), True)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    {"x": x, "weight": weight, "grad_y": grad_y}[where].view(-1)[7] = value
+    saved = (x, weight, bias, y, index, pre)
+    exact, default = (
+        BACKWARD(grad_y, *saved, *oracle.params(case, precision).as_args(), [True, True, True])
+        for precision in ("highest", "default")
+    )
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(exact, default, strict=True))
+    if value != 1e38:
+        assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(exact, default, strict=True))
 
 
 @pytest.mark.parametrize("name", ["relu-max", "audio", "volume", "gelu-avg"])

@@ -17,8 +17,8 @@ FLOAT32_DEFAULT = 1e-5
 # most a few thousand in these cases). An index that is off by one gives about 1.
 FLOAT32_HIGHEST = 1e-6
 
-# Gradients add over the whole batch and plane, and through one more product; Winograd is not used there
-# more than in the forward.
+# Gradients add over the whole batch and plane, and through one more product; Winograd's transposed form,
+# which gives them at "default", rounds no more than the forward.
 FLOAT32_GRADIENT = 1e-5
 
 # One rounding at the store: half a unit in the last place of 8 bits is at most 2^-8 of each element, and so

@@ -96,6 +96,8 @@ struct ConvPoolKernels {
 
 // Empty where Winograd takes the problem, else the sentence that says why not.
 std::string winograd_why_not(const ConvPool& p);
+// Whether its transposed form gives the gradients too.
+bool winograd_has_gradients(const ConvPool& p);
 // The results along depth that one Winograd tile holds: 1, 2 or 4.
 int winograd_depth_tile(const ConvPool& p);
 

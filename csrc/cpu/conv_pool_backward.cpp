@@ -9,6 +9,7 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "cpu/conv_pool_winograd.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -17,10 +18,13 @@ namespace {
 constexpr int64_t kTileBytes = 30 << 10;           // of x, beside lists and sums in a first-level cache of 32 or 48 KiB
 constexpr int64_t kPartialFloats = 8 << 20;        // of all threads' weight gradients together
 constexpr int64_t kGradientFloats = 64 << 10;      // of a strip whose pixels are all written out
+constexpr int64_t kPointFloats = (int64_t(768) << 10) / 4;  // of a strip in Winograd's points
+constexpr int64_t kLeastTiles = 48;                // of such a strip: each reads and writes all the weight's points
+// Transforming, clearing and summing the weight's points must pay: so many tiles to a thread at least, and more where
+// the points do not fit into the cache (measured: 64 channels break even at 25, 128 at 120, 256 below 500).
+constexpr int64_t kLeastTilesOfThread = 32, kPointsPerTile = 5000;
 constexpr int64_t kLeastPixels = 256;              // of such a strip, so that loading the sums does not count
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void set(int64_t to[3], const Triple& t) { to[0] = t.d, to[1] = t.h, to[2] = t.w; }
@@ -73,30 +77,50 @@ void choose_strip(BackwardPlan& plan, int64_t images, int64_t pixels) {
   plan.strip_images = plan.strip_steps < steps ? 1 : most(least(pixels / (per_step * steps), images), 1);
 }
 
-BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a) {
+// What every method needs to know; its parts are `window` large.
+void set_windows(BackwardPlan& plan, const Triple& count, const Triple& window, const Triple& window_stride, const Triple& window_pad) {
+  set(plan.count, count), set(plan.window, window), set(plan.window_stride, window_stride), set(plan.window_pad, window_pad);
+  plan.axis = plan.count[1] > 1 ? 1 : plan.count[0] > plan.count[2] ? 0 : 2;
+}
+
+BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method method) {
   BackwardPlan plan{};
   plan.p = &p;
   plan.a = &a;
-  plan.method = choose_method(p);
-  const bool sparse = plan.method == Method::sparse;
+  plan.method = method;
+  const bool sparse = method == Method::sparse, planes = method == Method::planes;
   set(plan.in, p.in), set(plan.conv, p.conv), set(plan.kernel, p.kernel);
   set(plan.stride, p.stride), set(plan.dilation, p.dilation), set(plan.pad, p.pad_lo);
-  const Triple one{1, 1, 1}, none{0, 0, 0};
-  set(plan.count, sparse ? p.out : p.conv);
-  set(plan.window, sparse ? p.window : one);
-  set(plan.window_stride, sparse ? p.window_stride : one);
-  set(plan.window_pad, sparse ? p.window_pad : none);
   plan.uncovered_columns = p.window_stride.w > p.window.w || (p.out.w - 1) * p.window_stride.w - p.window_pad.w + p.window.w < p.conv.w;
-  plan.axis = plan.count[1] > 1 ? 1 : plan.count[0] > plan.count[2] ? 0 : 2;
   plan.taps = p.kernel.volume();
-  plan.lanes = p.group_in > kLanes && divide_up(p.group_in, kLanes) % 2 == 0 ? 2 * kLanes : kLanes;
-  plan.chunks = plan.method == Method::planes ? 1 : divide_up(p.group_in, plan.lanes);
-  plan.k_padded = plan.method == Method::dense ? divide_up(p.group_out, kBlock) * kBlock : p.group_out;
-  plan.unit_groups = 1;
-  if (plan.method == Method::planes) plan.unit_groups = least(most(kLanes / most(p.group_in, p.group_out), 1), p.groups);
+  plan.unit_groups = planes ? least(most(kLanes / most(p.group_in, p.group_out), 1), p.groups) : 1;
   plan.units = divide_up(p.groups, plan.unit_groups);
-  const int64_t channels = plan.unit_groups * (p.group_out + (plan.method == Method::planes ? p.group_in : 0));
-  sparse ? choose_tile(plan, p.batch) : choose_strip(plan, p.batch, most(kGradientFloats / channels, kLeastPixels));
+  const Triple one{1, 1, 1}, none{0, 0, 0};
+  if (method == Method::winograd) {
+    const Triple tile{winograd_depth_tile(p), 4, 4};
+    const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t size) { return divide_up(least(conv, out * window), size); };
+    // With pooling, pixels behind the last window have no gradient.
+    set_windows(plan, {tiles(p.conv.d, p.out.d, p.window.d, tile.d), tiles(p.conv.h, p.out.h, p.window.h, 4), tiles(p.conv.w, p.out.w, p.window.w, 4)},
+                tile, tile, none);
+    plan.depth_points = p.kernel.d == 1 ? 1 : static_cast<int>(tile.d) + 2;
+    plan.chunks = 1;
+    plan.lanes = divide_up(p.group_in, kLanes) * kLanes;
+    plan.k_padded = divide_up(p.group_out, kLanes) * kLanes;
+    plan.panel = panel_width(plan.lanes);
+    choose_strip(plan, p.batch, most(kPointFloats / (36 * (plan.lanes + plan.k_padded)), kLeastTiles));
+    return plan;
+  }
+  plan.lanes = p.group_in > kLanes && divide_up(p.group_in, kLanes) % 2 == 0 ? 2 * kLanes : kLanes;
+  plan.chunks = planes ? 1 : divide_up(p.group_in, plan.lanes);
+  plan.k_padded = method == Method::dense ? divide_up(p.group_out, kBlock) * kBlock : p.group_out;
+  if (sparse) {
+    set_windows(plan, p.out, p.window, p.window_stride, p.window_pad);
+    choose_tile(plan, p.batch);
+  } else {
+    set_windows(plan, p.conv, one, one, none);
+    const int64_t channels = plan.unit_groups * (p.group_out + (planes ? p.group_in : 0));
+    choose_strip(plan, p.batch, most(kGradientFloats / channels, kLeastPixels));
+  }
   return plan;
 }
 
@@ -113,18 +137,23 @@ void store_bias(const BackwardPlan& plan, int parts) {
   }
 }
 
-}  // namespace
+// Is every thread's own weight gradient too much memory?
+bool sums_by_channels(const BackwardPlan& plan) {
+  return plan.a->grad_weight && plan.a->threads > 1 && plan.a->threads * plan.weight_floats() > kPartialFloats;
+}
 
-void conv_pool_backward(const ConvPool& p, const ConvPoolBackward& a) {
-  if (p.batch == 0) {
-    zero_fill(a.grad_weight, p.out_channels * p.group_in * p.kernel.volume(), p.dtype);
-    zero_fill(a.grad_bias, p.out_channels, p.dtype);
-    return;
-  }
-  BackwardPlan plan = make_plan(p, a);
+bool takes_winograd(const BackwardPlan& plan) {
+  const int64_t tiles = plan.p->batch * plan.count[0] * plan.count[1] * plan.count[2];
+  const int64_t least_tiles = most(kLeastTilesOfThread, plan.weight_floats() / plan.p->groups / kPointsPerTile);
+  return tiles >= least_tiles * plan.a->threads && !sums_by_channels(plan);
+}
+
+void run_plan(BackwardPlan& plan) {
+  const ConvPool& p = *plan.p;
+  const ConvPoolBackward& a = *plan.a;
   const int64_t weights = plan.weight_floats(), windows = p.batch * plan.count[plan.axis];
   const int threads = a.threads;
-  const bool by_channels = a.grad_weight && threads > 1 && threads * weights > kPartialFloats;
+  const bool by_channels = sums_by_channels(plan);
   const int parts = by_channels ? 1 : threads;
   if (a.grad_x) plan.packed_weight = scratch_floats(Slot::pack, weights);
   if (a.grad_weight) plan.grad_weight = scratch_floats(Slot::weight, parts * weights);
@@ -159,6 +188,29 @@ void conv_pool_backward(const ConvPool& p, const ConvPoolBackward& a) {
   if (a.grad_weight)
     parallel(threads, [&](int thread, int team) { store_weight_gradient(plan, parts, thread, team); });
   if (a.grad_bias) p.dtype == INTERFUSE_FLOAT32 ? store_bias<float>(plan, threads) : store_bias<uint16_t>(plan, threads);
+}
+
+}  // namespace
+
+void conv_pool_backward(const ConvPool& p, const ConvPoolBackward& a) {
+  if (p.batch == 0) {
+    zero_fill(a.grad_weight, p.out_channels * p.group_in * p.kernel.volume(), p.dtype);
+    zero_fill(a.grad_bias, p.out_channels, p.dtype);
+    return;
+  }
+  if (winograd_has_gradients(p)) {
+    BackwardPlan plan = make_plan(p, a, Method::winograd);
+    if (takes_winograd(plan)) {
+      uint8_t broken = 0;
+      plan.broken = &broken;
+      run_plan(plan);
+      // A NaN or an infinity spreads over its whole tile, and large values overflow in the transforms. Whatever is not
+      // finite reaches a result, and the other methods do it all again as torch would.
+      if (!broken) return;
+    }
+  }
+  BackwardPlan plan = make_plan(p, a, choose_method(p));
+  run_plan(plan);
 }
 
 }  // namespace INTERFUSE_ISA

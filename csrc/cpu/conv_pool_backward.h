@@ -18,7 +18,9 @@ enum class Method {
   // The gradient of every convolution pixel is written out, and blocked matrix products do the rest.
   dense,
   // As dense, but with vectors along the width, for few input channels.
-  planes
+  planes,
+  // As dense, but in the points of Winograd's tiles.
+  winograd
 };
 
 struct BackwardPlan {
@@ -26,7 +28,7 @@ struct BackwardPlan {
   const ConvPoolBackward* a;
   Method method;
   int64_t in[3], conv[3], kernel[3], stride[3], dilation[3], pad[3];  // (depth, height, width)
-  // Pooling windows; but for the sparse method the convolution's pixels, as windows of one.
+  // Pooling windows; but for the sparse method the convolution's pixels, as windows of one, and for winograd its tiles.
   int64_t count[3], window[3], window_stride[3], window_pad[3];
   bool uncovered_columns;                 // pooling windows leave gaps along the width, or an end
   int axis;                               // strips follow each other along it
@@ -34,22 +36,30 @@ struct BackwardPlan {
   int64_t tile[3];                        // windows of a tile: what of x they touch stays in the first-level cache
   int64_t unit_groups, units;             // groups that a strip's buffers hold at once: one, but for planes
   int64_t taps, lanes, chunks;            // lanes: channels of a chunk, a multiple of the vector's
+  int depth_points;                       // winograd: points of a tile along the depth
+  int64_t panel;                          // winograd: input channels of a register tile
   int64_t k_padded;                       // output channels of a group, rounded up to what the kernels take
-  // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane], planes [group][tap][k][c]
+  // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane], planes [group][tap][k][c],
+  // winograd [group][point][panel of c][k][c of the panel]
   float* packed_weight;
-  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane]; parts and planes' lanes are summed
-  // at the end.
+  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane], winograd [part][group][point][k][c];
+  // parts and planes' lanes are summed at the end.
   float* grad_weight;
   double* grad_bias;                      // [part][channel]
+  uint8_t* broken;                        // winograd: set where a gradient came out that is not finite
 
   int64_t weight_floats() const {
-    return method == Method::planes ? p->out_channels * p->group_in * taps * kLanes : p->groups * chunks * k_padded * taps * lanes;
+    if (method == Method::planes) return p->out_channels * p->group_in * taps * kLanes;
+    return p->groups * chunks * k_padded * lanes * (method == Method::winograd ? depth_points * 36 : taps);
   }
+  // The convolution's pixels along an axis: winograd's tiles are whole, even if they reach beyond.
+  int64_t extent(int i) const { return method == Method::winograd ? count[i] * window[i] : conv[i]; }
+  void mark_broken() const { __atomic_store_n(broken, uint8_t(1), __ATOMIC_RELAXED); }
   // First padded coordinate that window `step` of the strips' axis touches, and the first beyond it.
   int64_t touch_begin(int64_t step) const { return first_pixel(step) * stride[axis]; }
   int64_t touch_end(int64_t step) const {
     int64_t end = step * window_stride[axis] - window_pad[axis] + window[axis];
-    if (end > conv[axis]) end = conv[axis];
+    if (end > extent(axis)) end = extent(axis);
     return (end - 1) * stride[axis] + reach(axis);
   }
   int64_t first_pixel(int64_t step) const {
@@ -145,6 +155,35 @@ struct PlaneSource {
 };
 void planes_input_gradient(const BackwardPlan&, const Strip&, const Planes&, const float* gradient, int64_t channels,
                            const float* weight, float* grad_x, PlaneSource* sources);
+
+// ---- conv_pool_backward_winograd.cpp, _winograd_pack.cpp: the points of Winograd's tiles ---------------------------
+
+// The tiles of a strip, their windows of pooling (single pixels without), and where their points lie.
+struct TileStrip {
+  int64_t images, tiles[3], count;                 // along each axis, and in all
+  int64_t windows[3], first_window[3], k_lanes;    // values and places are [image][d][h][w][k_lanes]
+  int64_t slice_windows;                           // from one depth to the next
+  int64_t k_row, k_plane, c_row, c_plane;          // from tile to tile and from point to point of the gradient and of x
+  int64_t slices_floats;                           // of the strip transformed along the depth
+  int64_t window_floats() const { return images * windows[0] * slice_windows; }
+};
+TileStrip tiles_of(const BackwardPlan&, const Strip&);
+int64_t winograd_floats(const TileStrip&);  // of winograd_gradients' working space
+// The product of the rows behind the last tile is not used, but must not be slow.
+void clear_spare_rows(const TileStrip&, float* memory);
+// Every window's gradient and its winner's place in it.
+void window_gradients(const BackwardPlan&, const Strip&, const TileStrip&, int64_t first_channel, int64_t channels, float* values, int32_t* places);
+// Adds to one group's sums and to the strip's grad_x; either may be NULL.
+void winograd_gradients(const BackwardPlan&, const Strip&, const TileStrip&, const float* values, const int32_t* places, const float* x,
+                        const float* weight, float* sums, float* grad_x, float* memory);
+// Transforms the weight; transforms the weight's gradient back and says whether it is finite.
+struct TileKernel {
+  void (*pack_weight)(const BackwardPlan&, int thread, int threads);
+  bool (*store_weight_gradient)(const BackwardPlan&, int parts, int thread, int threads);
+};
+TileKernel tile_kernel(const BackwardPlan&);
+// Of values times zero, summed up: were the values finite?
+bool is_finite(Vec sum_of_zeros);
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -15,18 +15,6 @@ struct Winners {
   IVec lane;
 };
 
-INTERFUSE_INLINE IVec load_index(const uint8_t* p, int n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  return (IVec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1u), p));
-#else
-  int32_t lanes[kLanes] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = p[i];
-  IVec v;
-  memcpy(&v, lanes, sizeof v);
-  return v;
-#endif
-}
-
 // Appends what has a gradient among the first n windows to a list that has room for a whole vector; returns how many.
 INTERFUSE_INLINE int32_t append(int32_t* offsets, float* values, const Winners& winners, int32_t first, IVec index, Vec gradient, int n) {
 #if defined(__AVX512F__)

@@ -188,10 +188,15 @@ void store_input_gradient(const BackwardPlan& plan, const Strip& strip, int64_t 
 }
 
 void pack_weight(const BackwardPlan& plan, int thread, int threads) {
+  if (plan.method == Method::winograd) return tile_kernel(plan).pack_weight(plan, thread, threads);
   plan.p->dtype == INTERFUSE_FLOAT32 ? pack_weight_as<float>(plan, thread, threads) : pack_weight_as<uint16_t>(plan, thread, threads);
 }
 
 void store_weight_gradient(const BackwardPlan& plan, int parts, int thread, int threads) {
+  if (plan.method == Method::winograd) {
+    if (!tile_kernel(plan).store_weight_gradient(plan, parts, thread, threads)) plan.mark_broken();
+    return;
+  }
   plan.p->dtype == INTERFUSE_FLOAT32 ? store_weight_gradient_as<float>(plan, parts, thread, threads)
                                      : store_weight_gradient_as<uint16_t>(plan, parts, thread, threads);
 }

@@ -17,6 +17,19 @@ INTERFUSE_INLINE void store_some(T* p, Vec v, int64_t n) {
   n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
 }
 
+// n bytes of the saved index.
+INTERFUSE_INLINE IVec load_index(const uint8_t* p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (IVec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1u), p));
+#else
+  int32_t lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  IVec v;
+  memcpy(&v, lanes, sizeof v);
+  return v;
+#endif
+}
+
 // The gradient times the slope. A slope of zero stops even Inf and NaN in relu, as in torch.
 INTERFUSE_INLINE Vec through_activation(Activation f, Vec gradient, Vec saved) {
   return f.kind == INTERFUSE_RELU ? select(saved <= zero(), zero(), gradient) : gradient * activation_slope(f, saved);

@@ -27,7 +27,7 @@ Strip make_strip(const BackwardPlan& plan, int64_t image, int64_t images, int64_
   s.image = image, s.images = images, s.begin = begin, s.end = end;
   for (int i = 0; i < 3; ++i) {
     s.lo[i] = i == plan.axis ? plan.touch_begin(begin) : 0;
-    s.size[i] = (i == plan.axis ? plan.touch_end(end - 1) : (plan.conv[i] - 1) * plan.stride[i] + plan.reach(i)) - s.lo[i];
+    s.size[i] = (i == plan.axis ? plan.touch_end(end - 1) : (plan.extent(i) - 1) * plan.stride[i] + plan.reach(i)) - s.lo[i];
   }
   set_steps(plan, &s);
   return s;
@@ -95,6 +95,12 @@ class Worker {
       gradient_ = scratch_floats(Slot::products, divide_up(channels_, kBlock) * kBlock * pixels);
       row_ = scratch_floats(Slot::rows, row + pixels);
       offsets_ = reinterpret_cast<int32_t*>(row_ + row);
+    } else if (plan_.method == Method::winograd) {
+      const TileStrip t = tiles_of(plan_, s);
+      gradient_ = scratch_floats(Slot::products, winograd_floats(t));
+      clear_spare_rows(t, gradient_);
+      values_ = scratch_floats(Slot::rows, 2 * t.window_floats());
+      places_ = reinterpret_cast<int32_t*>(values_ + t.window_floats());
     } else {
       plan_lists(plan_, s, channels_, &lists_);
       const int64_t count = lists_.tile_count * lists_.channels;
@@ -119,7 +125,9 @@ class Worker {
     if (!weights && !biases && !task_.grad_x) return;
     if (plan_.method == Method::dense) find_offsets(s);
     for (int64_t unit = task_.unit_begin; unit < task_.unit_end; ++unit)
-      plan_.method == Method::planes ? planes_unit(s, unit, weights, biases) : packed_unit(s, unit, weights, biases);
+      plan_.method == Method::planes     ? planes_unit(s, unit, weights, biases)
+      : plan_.method == Method::winograd ? tiles_unit(s, unit, weights, biases)
+                                         : packed_unit(s, unit, weights, biases);
     carried_ = most(s.lo[plan_.axis] + s.size[plan_.axis] - finished_end(s), 0);
   }
 
@@ -176,6 +184,25 @@ class Worker {
                             plan_.packed_weight + (group + g) * plan_.taps * p_.group_out * p_.group_in,
                             grad_x_ + g * p_.group_in * planes_.channel, sources_);
     store_planes(plan_, s, planes_, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_, row_);
+    suspend(s, carry);
+  }
+
+  void tiles_unit(const Strip& s, int64_t group, bool weights, bool biases) {
+    const TileStrip t = tiles_of(plan_, s);
+    const int64_t first = group * p_.group_out, channel = group * p_.group_in, base = group * plan_.depth_points * 36 * plan_.lanes;
+    window_gradients(plan_, s, t, first, channels_, values_, places_);
+    if (biases) sum_windows(t, task_.grad_bias + first);
+    if (weights) pack_input(plan_, s, channel, p_.group_in, x_);
+    float* carry = carry_ + group * carry_step_;
+    if (task_.grad_x) resume(s, s.floats, carry);
+    if (!weights && !task_.grad_x) return;
+    winograd_gradients(plan_, s, t, values_, places_, x_, plan_.packed_weight + base * p_.group_out,
+                       weights ? task_.grad_weight + base * plan_.k_padded : nullptr, task_.grad_x ? grad_x_ : nullptr, gradient_);
+    if (!task_.grad_x) return;
+    Vec check = zero();
+    for (int64_t i = 0; i < s.floats; i += kLanes) check = multiply_add(load(grad_x_ + i), zero(), check);
+    if (!is_finite(check)) plan_.mark_broken();
+    store_input_gradient(plan_, s, channel, p_.group_in, most(finished_begin(s), first_row_), finished_end(s), grad_x_);
     suspend(s, carry);
   }
 
@@ -266,12 +293,21 @@ class Worker {
         biases[k] += sum_of(gradient_ + row * planes_.gradient_row + k * planes_.gradient_channel + planes_.left, planes_.pixels[2]);
   }
 
+  void sum_windows(const TileStrip& t, double* biases) const {
+    for (int64_t k = 0; k < channels_; k += kLanes) {
+      Vec sums = zero();
+      for (int64_t i = 0; i < t.window_floats(); i += t.k_lanes) sums += load(values_ + i + k);
+      for (int64_t lane = 0; lane < least(kLanes, channels_ - k); ++lane) biases[k + lane] += sums[lane];
+    }
+  }
+
   const BackwardPlan& plan_;
   const ConvPool& p_;
   const Task& task_;
   const int64_t channels_;  // output channels of a unit
   int64_t first_row_ = 0, carried_ = 0;  // the thread's rows begin there; rows of the strip before that wait in the carry
-  float *x_ = nullptr, *grad_x_ = nullptr, *carry_ = nullptr, *gradient_ = nullptr, *row_ = nullptr;
+  float *x_ = nullptr, *grad_x_ = nullptr, *carry_ = nullptr, *gradient_ = nullptr, *row_ = nullptr, *values_ = nullptr;
+  int32_t* places_ = nullptr;
   int64_t carry_step_ = 0;
   SparseLists lists_{};
   Planes planes_{};

@@ -15,12 +15,6 @@ namespace {
 // rest is for the weight and the tensors that stream through.
 constexpr int64_t kCacheFloats = (int64_t(640) << 10) / 4;
 
-INTERFUSE_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-// A pitch between the points' planes that is an odd number of cache lines: a tile's points are written one to a
-// plane, and at a power of two they would all fall into the same few sets of the L1 cache.
-INTERFUSE_INLINE int64_t plane_pitch(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
-
 WinogradPlan make_plan(const ConvPool& p, int threads) {
   WinogradPlan plan{};
   plan.depth_tile = winograd_depth_tile(p);
@@ -37,8 +31,7 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
   // Tiles and filters come in whole register tiles.
   int64_t tile_unit = kLanes, filter_unit = kFilterRows, least_block = kLanes * kTileVectors;
   if (p.channels_last) {
-    const int64_t vectors = (plan.filters + kLanes - 1) / kLanes, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
-    plan.panel = (vectors + panels - 1) / panels * kLanes;
+    plan.panel = panel_width(plan.filters);
     filter_unit = plan.panel;
     tile_unit = gemm_tile_rows(static_cast<int>(plan.panel / kLanes));
     least_block = round_up(32, tile_unit);
@@ -57,9 +50,7 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
   plan.chunk = round_up((filters + plan.chunks - 1) / plan.chunks, filter_unit);
   plan.chunks = (filters + plan.chunk - 1) / plan.chunk;
   if (p.channels_last) {
-    // Rows of data a cache line longer than a power of two: the rows of a register tile are read together.
-    plan.data_row = round_up(plan.channels, kLanes);
-    if (plan.data_row % 128 == 0) plan.data_row += 16;
+    plan.data_row = channel_pitch(plan.channels);
     plan.product_row = plan.chunk;
     plan.data_plane = plane_pitch(plan.block * plan.data_row);
     plan.product_plane = plane_pitch(plan.block * plan.product_row);

@@ -76,6 +76,30 @@ struct WinogradKernel {
 const WinogradKernel* winograd_rows(bool bf16, int depth_tile);      // contiguous tensors
 const WinogradKernel* winograd_channels(bool bf16, int depth_tile);  // channels-last tensors
 
+// product[tile][lane] = or += sum over k of data[tile][k] * weight[k][lane] for `count` tiles and a panel of `vectors`
+// (at most kPanelVectors); weight's rows lie side by side. data and product have room for whole register tiles.
+void multiply_panel(int64_t vectors, int64_t count, int64_t depth, const float* data, int64_t data_row, const float* weight, float* product,
+                    int64_t product_row, bool add);
+
+INTERFUSE_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// A pitch between the points' planes that is an odd number of cache lines: a tile's points are written one to a
+// plane, and at a power of two they would all fall into the same few sets of the L1 cache.
+INTERFUSE_INLINE int64_t plane_pitch(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
+
+// A pitch between rows of channels that is a cache line longer than a power of two: the rows of a register tile are
+// read together.
+INTERFUSE_INLINE int64_t channel_pitch(int64_t channels) {
+  const int64_t floats = round_up(channels, kLanes);
+  return floats % 128 == 0 ? floats + 16 : floats;
+}
+
+// Filters of one panel, of as equal panels as they can be cut into.
+INTERFUSE_INLINE int64_t panel_width(int64_t filters) {
+  const int64_t vectors = (filters + kLanes - 1) / kLanes, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+  return (vectors + panels - 1) / panels * kLanes;
+}
+
 // Filters of a chunk, rounded up to whole register tiles: the last chunk may be smaller.
 INTERFUSE_INLINE int64_t chunk_filters(const WinogradPlan& plan, int64_t chunk, int64_t unit) {
   return (least(plan.chunk, plan.filters - chunk * plan.chunk) + unit - 1) / unit * unit;
@@ -90,6 +114,23 @@ INTERFUSE_INLINE void weight_tile(const V* taps, V* points, int step) {
     for (int c = 0; c < kTileIn; ++c) weight_along<Winograd4>(rows[s][0] + c, kTileIn, slices[s] + c, kTileIn);
   }
   for (int i = 0; i < kPlane; ++i) weight_along<Axis>(slices[0] + i, kPlane, points + i * step, kPlane * step);
+}
+
+// B' d of the 36 vectors of one slice: source(r * 6 + c) gives them, sink(point, vector) takes.
+template <class Source, class Sink>
+INTERFUSE_INLINE void data_slice(Source&& source, Sink&& sink) {
+  Vec rows[kTileIn][kTileIn];
+  unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
+    Vec d[kTileIn], t[kTileIn];
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { d[r] = source(r * kTileIn + v); });
+    Winograd4::data(d, t);
+    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = t[r]; });
+  });
+  for (int r = 0; r < kTileIn; ++r) {
+    Vec t[kTileIn];
+    Winograd4::data(rows[r], t);
+    unrolled<kTileIn>([&](int i) __attribute__((always_inline)) { sink(r * kTileIn + i, t[i]); });
+  }
 }
 
 // The tile's place, from its number.

@@ -37,23 +37,6 @@ void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight
 
 // ---- the data -----------------------------------------------------------------------------------------------------
 
-// 36 vectors of one slice, `step` apart, transformed along height and width.
-template <class Source, class Sink>
-INTERFUSE_INLINE void transform_slice(Source&& source, Sink&& sink) {
-  Vec rows[kTileIn][kTileIn];
-  unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
-    Vec d[kTileIn], t[kTileIn];
-    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { d[r] = source(r * kTileIn + v); });
-    Winograd4::data(d, t);
-    unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = t[r]; });
-  });
-  for (int r = 0; r < kTileIn; ++r) {
-    Vec t[kTileIn];
-    Winograd4::data(rows[r], t);
-    unrolled<kTileIn>([&](int i) __attribute__((always_inline)) { sink(r * kTileIn + i, t[i]); });
-  }
-}
-
 // The pixels under a tile: where each one's channels start. Outside the image they are all zero.
 template <class Axis, class T>
 struct Pixels {
@@ -74,8 +57,8 @@ struct Pixels {
 template <class Axis, class T, class Load>
 INTERFUSE_INLINE void transform_vector(const Pixels<Axis, T>& pixels, int64_t c, int64_t plane, float* to, Load&& load_some) {
   if constexpr (Axis::points == 1) {
-    transform_slice([&](int i) __attribute__((always_inline)) { return load_some(pixels.at[i] + c); },
-                    [&](int point, Vec v) __attribute__((always_inline)) { store(to + point * plane, v); });
+    data_slice([&](int i) __attribute__((always_inline)) { return load_some(pixels.at[i] + c); },
+               [&](int point, Vec v) __attribute__((always_inline)) { store(to + point * plane, v); });
   } else {
     Vec slices[Axis::points][kPlane];
     for (int i = 0; i < kPlane; ++i) {
@@ -85,8 +68,8 @@ INTERFUSE_INLINE void transform_vector(const Pixels<Axis, T>& pixels, int64_t c,
       unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { slices[s][i] = t[s]; });
     }
     for (int s = 0; s < Axis::points; ++s)
-      transform_slice([&](int i) __attribute__((always_inline)) { return slices[s][i]; },
-                      [&](int point, Vec v) __attribute__((always_inline)) { store(to + (s * kPlane + point) * plane, v); });
+      data_slice([&](int i) __attribute__((always_inline)) { return slices[s][i]; },
+                 [&](int point, Vec v) __attribute__((always_inline)) { store(to + (s * kPlane + point) * plane, v); });
   }
 }
 
@@ -122,17 +105,16 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const float* data, i
   else gemm_tile_store<Rows, Vectors, false>(depth, data, data_row, 1, weight, Vectors * kLanes, product, product_row);
 }
 
-// All tiles by one panel of filters. The last rows take the smallest register tile that holds them; data has room for
-// the rows behind the last, and nothing reads their products.
+// The last rows take the smallest register tile that holds them; nothing reads the products of those behind the last.
 template <int Vectors>
-void multiply_panel(const WinogradPlan& plan, int64_t count, int64_t depth, const float* data, const float* weight, float* product,
-                    bool add) {
+void multiply_vectors(int64_t count, int64_t depth, const float* data, int64_t data_row, const float* weight, float* product,
+                      int64_t product_row, bool add) {
   constexpr int rows = gemm_tile_rows(Vectors), half = (rows + 1) / 2, quarter = (rows + 3) / 4;
   for (int64_t t = 0; t < count;) {
     const int64_t left = count - t;
     const int taken = left > half ? rows : left > quarter ? half : quarter;
     const auto tile = taken == rows ? multiply_tile<rows, Vectors> : taken == half ? multiply_tile<half, Vectors> : multiply_tile<quarter, Vectors>;
-    tile(depth, data + t * plan.data_row, plan.data_row, weight, product + t * plan.product_row, plan.product_row, add);
+    tile(depth, data + t * data_row, data_row, weight, product + t * product_row, product_row, add);
     t += taken;
   }
 }
@@ -143,9 +125,7 @@ void multiply(const WinogradPlan& plan, int64_t width, int64_t count, const floa
       const int64_t depth = least(plan.slice_depth(), plan.channels - c);
       for (int64_t panel = 0; panel < width;) {
         const int64_t taken = least(plan.panel, width - panel);
-        const auto all = taken == 4 * kLanes ? multiply_panel<4> : taken == 3 * kLanes ? multiply_panel<3>
-                         : taken == 2 * kLanes ? multiply_panel<2> : multiply_panel<1>;
-        all(plan, count, depth, data + c, weight, product + panel, c > 0);
+        multiply_panel(taken / kLanes, count, depth, data + c, plan.data_row, weight, product + panel, plan.product_row, c > 0);
         weight += taken * depth;
         panel += taken;
       }
@@ -223,6 +203,12 @@ template <class Axis, class T>
 constexpr WinogradKernel kernel = {pack_weight<Axis, T>, transform_data<Axis, T>, finish_chunk<Axis, T>};
 
 }  // namespace
+
+void multiply_panel(int64_t vectors, int64_t count, int64_t depth, const float* data, int64_t data_row, const float* weight, float* product,
+                    int64_t product_row, bool add) {
+  const auto all = vectors == 4 ? multiply_vectors<4> : vectors == 3 ? multiply_vectors<3> : vectors == 2 ? multiply_vectors<2> : multiply_vectors<1>;
+  all(count, depth, data, data_row, weight, product, product_row, add);
+}
 
 const WinogradKernel* winograd_channels(bool bf16, int depth_tile) {
   switch (depth_tile) {

@@ -23,6 +23,7 @@ namespace INTERFUSE_ISA {
 struct Winograd1 {  // one tap, one output: an axis along which nothing is filtered
   static constexpr int outputs = 1, points = 1, taps = 1;
   template <class V> static INTERFUSE_INLINE void data(const V* d, V* t) { t[0] = d[0]; }
+  template <class V> static INTERFUSE_INLINE void data_transposed(const V* t, V* d) { d[0] = t[0]; }
   template <class V> static INTERFUSE_INLINE void output(const V* t, V* y) { y[0] = t[0]; }
   template <class V> static INTERFUSE_INLINE void weight(const V* g, V* t) { t[0] = g[0]; }
   template <class V> static INTERFUSE_INLINE void output_transposed(const V* e, V* t) { t[0] = e[0]; }
@@ -34,6 +35,10 @@ struct Winograd2 {  // F(2,3): 0, 1, -1, infinity
   template <class V> static INTERFUSE_INLINE void data(const V* d, V* t) {  // B' d
     const V d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
     t[0] = d2 - d0, t[1] = d2 + d1, t[2] = d2 - d1, t[3] = d3 - d1;
+  }
+  template <class V> static INTERFUSE_INLINE void data_transposed(const V* t, V* d) {  // B t
+    const V t0 = t[0], sum = t[1] + t[2], difference = t[1] - t[2], t3 = t[3];
+    d[0] = -t0, d[1] = difference - t3, d[2] = sum + t0, d[3] = t3;
   }
   template <class V> static INTERFUSE_INLINE void output(const V* t, V* y) {  // A' t
     const V sum = t[1] + t[2], difference = t[1] - t[2], t0 = t[0], t3 = t[3];
@@ -68,6 +73,16 @@ struct Winograd4 {  // F(4,3): 0, a, -a, b, -b, infinity
     t[3] = even_b + b * odd_b;
     t[4] = even_b - b * odd_b;
     t[5] = (d5 - (aa + bb) * d3) + (aa * bb) * d1;
+  }
+  template <class V> static INTERFUSE_INLINE void data_transposed(const V* t, V* d) {
+    const V t0 = t[0], t5 = t[5];
+    const V sum_a = t[1] + t[2], difference_a = a * (t[1] - t[2]), sum_b = t[3] + t[4], difference_b = b * (t[3] - t[4]);
+    d[0] = (aa * bb) * t0;
+    d[1] = (aa * bb) * t5 - (bb * difference_a + aa * difference_b);
+    d[2] = -(aa + bb) * t0 - (bb * sum_a + aa * sum_b);
+    d[3] = (difference_a + difference_b) - (aa + bb) * t5;
+    d[4] = (t0 + sum_a) + sum_b;
+    d[5] = t5;
   }
   template <class V> static INTERFUSE_INLINE void output(const V* t, V* y) {
     const V t0 = t[0], t5 = t[5];
@@ -113,6 +128,7 @@ struct Winograd4 {  // F(4,3): 0, a, -a, b, -b, infinity
     for (int i = 0; i < Axis::out_count; ++i) out[i * to] = made[i];                                 \
   }
 INTERFUSE_WINOGRAD_ALONG(data, points, points)
+INTERFUSE_WINOGRAD_ALONG(data_transposed, points, points)
 INTERFUSE_WINOGRAD_ALONG(output, points, outputs)
 INTERFUSE_WINOGRAD_ALONG(weight, taps, points)
 INTERFUSE_WINOGRAD_ALONG(output_transposed, outputs, points)
