@@ -61,6 +61,18 @@ INTERFUSE_INLINE void store_first(float* p, Vec v, int n) {
 #endif
 }
 
+// The low bytes of the first n lanes (0 <= n <= kLanes).
+INTERFUSE_INLINE void store_bytes(uint8_t* p, IVec v, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm_mask_storeu_epi8(p, (__mmask16)((1u << n) - 1u), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  if (n == kLanes) memcpy(p, &bytes, kLanes);
+  else memcpy(p, &bytes, static_cast<size_t>(n));
+#endif
+}
+
 // Written as a product and a sum: the build asks for contraction, so this is one fused instruction where there is one.
 INTERFUSE_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 

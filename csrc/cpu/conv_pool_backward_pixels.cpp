@@ -1,5 +1,6 @@
 // conv_pool's gradients, pixel by pixel of the convolution's result: every pooling window's gradient goes to the pixels it
 // came from, times the activation's slope there.
+#include "common/shuffle.h"
 #include "common/transpose.h"
 #include "cpu/conv_pool_backward_source.h"
 #include "cpu/conv_pool_windows.h"
@@ -62,10 +63,15 @@ void add_window(const BackwardPlan& plan, const WindowRow& from, int64_t i, int6
 void add_pairs(const BackwardPlan& plan, const WindowRow& from, int64_t begin, int64_t end, float divisor, float* row) {
   const float* gradient = from.gradient;
   if (plan.p->pool == INTERFUSE_POOL_MAX) {
-    const uint8_t *index = from.index, left = static_cast<uint8_t>(from.first), right = static_cast<uint8_t>(from.first + 1);
-    for (int64_t i = begin; i < end; ++i, row += 2) {
-      row[0] += index[i] == left ? gradient[i] : 0.f;
-      row[1] += index[i] == right ? gradient[i] : 0.f;
+    const int32_t left = static_cast<int32_t>(from.first), right = left + 1;
+    for (int64_t i = begin; i < end; i += kLanes, row += 2 * kLanes) {
+      const int64_t n = end - i;
+      const Vec value = load_some(gradient + i, n);
+      const IVec index = load_index(from.index + i, static_cast<int>(least(n, kLanes)));
+      Vec v[2] = {select(index == left, value, zero()), select(index == right, value, zero())};
+      interleave(v, 2);
+      store_some(row, load_some(row, 2 * n) + v[0], 2 * n);
+      if (2 * n > kLanes) store_some(row + kLanes, load_some(row + kLanes, 2 * n - kLanes) + v[1], 2 * n - kLanes);
     }
     return;
   }
@@ -82,38 +88,49 @@ void add_windows(const BackwardPlan& plan, const WindowRow& from, int64_t begin,
   // The first and the last window may be cut by the strip or the end of the row.
   const int64_t whole_begin = pairs ? begin + (2 * begin < w) : end, whole_end = pairs ? end - (2 * end > w + run) : end;
   for (int64_t o = begin; o < least(whole_begin, end); ++o) add_window(plan, from, o - begin, o, w, run, row);
-  if (whole_begin < whole_end)
-    add_pairs(plan, from, whole_begin - begin, whole_end - begin, window_at(p, from.d, from.h, whole_begin).divisor, row + 2 * whole_begin - w);
+  if (whole_begin < whole_end) {
+    const float divisor = p.pool == INTERFUSE_POOL_AVG ? window_at(p, from.d, from.h, whole_begin).divisor : 1.f;
+    add_pairs(plan, from, whole_begin - begin, whole_end - begin, divisor, row + 2 * whole_begin - w);
+  }
   for (int64_t o = most(whole_end, whole_begin); o < end; ++o) add_window(plan, from, o - begin, o, w, run, row);
 }
 
-// The gradient of `run` pixels of one channel's row (n, d, h) from w on, in planes. `values` is working space.
+// `run` pixels from w on of row (n, d, h), and the windows that cover any of them: the same for all channels.
+struct PixelRow {
+  int64_t n, d, h, w, run;
+  Cover ds, hs, ws;
+};
+PixelRow pixel_row_at(const ConvPool& p, int64_t n, int64_t d, int64_t h, int64_t w, int64_t run) {
+  return {n, d, h, w, run,
+          covering(d, p.window.d, p.window_stride.d, p.window_pad.d, p.out.d),
+          covering(h, p.window.h, p.window_stride.h, p.window_pad.h, p.out.h),
+          {covering(w, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w).begin,
+           covering(w + run - 1, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w).end}};
+}
+
+// The gradient of one channel's row of pixels, in planes. `values` is working space.
 template <class T>
-void pixel_row(const BackwardPlan& plan, int64_t n, int64_t k, int64_t d, int64_t h, int64_t w, int64_t run, float* row, float* values) {
+void pixel_row(const BackwardPlan& plan, const PixelRow& r, int64_t k, float* row, float* values) {
   const ConvPool& p = *plan.p;
-  const int64_t conv_at = p.at(p.conv, n, k, d, h, w);
+  const int64_t conv_at = p.at(p.conv, r.n, k, r.d, r.h, r.w);
   if (p.pool == INTERFUSE_POOL_NONE) {
-    output_gradient<T>(plan, conv_at, run, row);
+    output_gradient<T>(plan, conv_at, r.run, row);
     return;
   }
-  memset(row, 0, static_cast<size_t>(run) * sizeof(float));
-  const Cover ds = covering(d, p.window.d, p.window_stride.d, p.window_pad.d, p.out.d);
-  const Cover hs = covering(h, p.window.h, p.window_stride.h, p.window_pad.h, p.out.h);
-  const int64_t begin = covering(w, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w).begin;
-  const int64_t end = covering(w + run - 1, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w).end;
-  if (ds.begin >= ds.end || hs.begin >= hs.end || begin >= end) return;
-  for (int64_t od = ds.begin; od < ds.end; ++od)
-    for (int64_t oh = hs.begin; oh < hs.end; ++oh) {
-      const int64_t at = p.at(p.out, n, k, od, oh, begin);
-      const int64_t in_d = d - od * p.window_stride.d + p.window_pad.d, in_h = h - oh * p.window_stride.h + p.window_pad.h;
-      const WindowRow from{output_gradient<T>(plan, at, end - begin, values), plan.a->index + (p.index_count() ? at : 0), od, oh,
+  memset(row, 0, static_cast<size_t>(r.run) * sizeof(float));
+  if (r.ds.begin >= r.ds.end || r.hs.begin >= r.hs.end || r.ws.begin >= r.ws.end) return;
+  for (int64_t od = r.ds.begin; od < r.ds.end; ++od)
+    for (int64_t oh = r.hs.begin; oh < r.hs.end; ++oh) {
+      const int64_t at = p.at(p.out, r.n, k, od, oh, r.ws.begin);
+      const int64_t in_d = r.d - od * p.window_stride.d + p.window_pad.d, in_h = r.h - oh * p.window_stride.h + p.window_pad.h;
+      const WindowRow from{output_gradient<T>(plan, at, r.ws.end - r.ws.begin, values), plan.a->index + (p.index_count() ? at : 0), od, oh,
                            (in_d * p.window.h + in_h) * p.window.w};
-      add_windows(plan, from, begin, end, w, run, row);
+      add_windows(plan, from, r.ws.begin, r.ws.end, r.w, r.run, row);
     }
-  through_saved_pixels<T>(plan, conv_at, run, row);
-  if (!plan.uncovered_columns) return;
-  for (int64_t i = 0; i < run; ++i) {
-    const Cover ws = covering(w + i, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w);
+  through_saved_pixels<T>(plan, conv_at, r.run, row);
+  if (!plan.uncovered_columns || p.pool != INTERFUSE_POOL_AVG) return;
+  for (int64_t i = 0; i < r.run; ++i) {
+    const Cover ws = covering(r.w + i, p.window.w, p.window_stride.w, p.window_pad.w, p.out.w);
     if (ws.begin >= ws.end) row[i] = 0;
   }
 }
@@ -166,8 +183,9 @@ void dense_as(const BackwardPlan& plan, const Strip& strip, int64_t first_channe
             for (int64_t k = 0; k < channels; ++k) to[(k / kBlock * pixels + w) * kBlock + k % kBlock] = from[k];
           }
         } else {
+          const PixelRow at = pixel_row_at(p, n, d, h, begin[2], run);
           for (int64_t k = 0; k < channels; ++k) {
-            pixel_row<T>(plan, n, first_channel + k, d, h, begin[2], run, row, row + run);
+            pixel_row<T>(plan, at, first_channel + k, row, row + run);
             float* lane = to + k / kBlock * pixels * kBlock + k % kBlock;
             for (int64_t w = 0; w < run; ++w) lane[w * kBlock] = row[w];
           }
@@ -185,11 +203,12 @@ void planes_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, in
   for (int64_t n = strip.image; n < strip.image + strip.images; ++n)
     for (int64_t d = s.first[0]; d < s.first[0] + s.pixels[0]; ++d)
       for (int64_t h = s.first[1]; h < s.first[1] + s.pixels[1]; ++h, gradient += s.gradient_row) {
+        const PixelRow pixels = pixel_row_at(*plan.p, n, d, h, s.first[2], run);
         for (int64_t k = 0; k < channels; ++k) {
           float* to = gradient + k * s.gradient_channel;
           memset(to, 0, static_cast<size_t>(s.left) * sizeof(float));
           memset(to + s.left + run, 0, static_cast<size_t>(rest) * sizeof(float));
-          if (!plan.p->channels_last) pixel_row<T>(plan, n, first_channel + k, d, h, s.first[2], run, to + s.left, row);
+          if (!plan.p->channels_last) pixel_row<T>(plan, pixels, first_channel + k, to + s.left, row);
         }
         if (!plan.p->channels_last) continue;
         for (int64_t k = 0; k < channels; k += kLanes)

@@ -47,10 +47,10 @@ void input_kernel(const PlaneSource* sources, int64_t count, int64_t column, int
 typedef void (*InputKernel)(const PlaneSource*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 // Vectors that C channels take at once: 8 to 16 accumulators, and what they are made from, in the registers.
 constexpr int kWide[kMostChannels] = {kRegisters == 32 ? 8 : 6, kRegisters == 32 ? 6 : 4, kRegisters == 32 ? 4 : 3, kRegisters == 32 ? 4 : 2};
-constexpr InputKernel kInputKernels[kMostChannels][2] = {{input_kernel<1, kWide[0]>, input_kernel<1, 1>},
-                                                         {input_kernel<2, kWide[1]>, input_kernel<2, 1>},
-                                                         {input_kernel<3, kWide[2]>, input_kernel<3, 1>},
-                                                         {input_kernel<4, kWide[3]>, input_kernel<4, 1>}};
+constexpr InputKernel kInputKernels[kMostChannels][3] = {{input_kernel<1, kWide[0]>, input_kernel<1, 2>, input_kernel<1, 1>},
+                                                         {input_kernel<2, kWide[1]>, input_kernel<2, 2>, input_kernel<2, 1>},
+                                                         {input_kernel<3, kWide[2]>, input_kernel<3, 2>, input_kernel<3, 1>},
+                                                         {input_kernel<4, kWide[3]>, input_kernel<4, 2>, input_kernel<4, 1>}};
 
 // Rows of the gradient and of x that belong together.
 struct Rows {
@@ -147,9 +147,10 @@ void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const P
           for (int64_t c = 0; c < in_channels;) {
             const int taken = static_cast<int>(least(in_channels - c, kMostChannels));
             for (int64_t q = 0; q < s.columns;) {
-              const bool wide = q + kWide[taken - 1] * kLanes <= s.columns;
-              kInputKernels[taken - 1][wide ? 0 : 1](sources, count, q, channels, s.gradient_channel, in_channels, to + c * s.channel + q, s.channel);
-              q += (wide ? kWide[taken - 1] : 1) * kLanes;
+              const int64_t left = (s.columns - q) / kLanes;
+              const int size = left >= kWide[taken - 1] ? 0 : left >= 2 ? 1 : 2;
+              kInputKernels[taken - 1][size](sources, count, q, channels, s.gradient_channel, in_channels, to + c * s.channel + q, s.channel);
+              q += (size == 0 ? kWide[taken - 1] : 3 - size) * kLanes;
             }
             for (int64_t t = 0; t < count; ++t) sources[t].weight += taken;
             c += taken;

@@ -36,11 +36,7 @@ INTERFUSE_INLINE void activate_run(const ConvPool& p, const float* from, float* 
 INTERFUSE_INLINE void store_some(float* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
 INTERFUSE_INLINE void store_some(uint16_t* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
 // The index travels as integers in float lanes.
-INTERFUSE_INLINE void store_some(uint8_t* to, Vec v, int count) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  const Bytes bytes = __builtin_convertvector((IVec)v, Bytes);
-  memcpy(to, &bytes, static_cast<size_t>(count));
-}
+INTERFUSE_INLINE void store_some(uint8_t* to, Vec v, int count) { store_bytes(to, (IVec)v, count); }
 INTERFUSE_INLINE void put_bits(float* to, float v) { *to = v; }
 INTERFUSE_INLINE void put_bits(uint16_t* to, float v) { *to = to_bf16(v); }
 INTERFUSE_INLINE void put_bits(uint8_t* to, float v) {

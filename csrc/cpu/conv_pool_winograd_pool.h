@@ -125,17 +125,6 @@ INTERFUSE_INLINE bool any_nan(Vec v, int n) {
 #endif
 }
 
-INTERFUSE_INLINE void store_bytes(uint8_t* to, IVec v, int64_t n) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-#if defined(__AVX512F__)
-  const Bytes bytes = (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v);
-#else
-  const Bytes bytes = __builtin_convertvector(v, Bytes);
-#endif
-  if (n >= kLanes) memcpy(to, &bytes, kLanes);
-  else memcpy(to, &bytes, static_cast<size_t>(n));
-}
-
 // ---- a vector of tiles to its outputs ------------------------------------------------------------------------------
 //
 // Target is the layout: call, t (TileFinish), run (the tile, or the row of tiles, under the vector), and

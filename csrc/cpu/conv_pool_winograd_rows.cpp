@@ -212,7 +212,7 @@ INTERFUSE_INLINE void store_row(T* to, Vec* v, int count, int64_t n) {
 }
 INTERFUSE_INLINE void store_index_row(uint8_t* to, IVec* v, int count, int64_t n) {
   interleave(v, count);
-  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) store_bytes(to + i * kLanes, v[i], least(n, kLanes));
+  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) store_bytes(to + i * kLanes, v[i], static_cast<int>(least(n, kLanes)));
 }
 
 // One filter's outputs under a run of tiles.
