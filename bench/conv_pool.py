@@ -12,7 +12,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interfuse.bench import peers
+from interfuse.bench import peers, sweep
 from interfuse.bench.report import Bar, memory_share
 from interfuse.bench.roofline import Cost
 from interfuse.bench.workers import sample
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import interfuse
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from interfuse.cases.conv_pool import Case
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -54,6 +56,19 @@ PROVIDERS = (
 def names(further: bool, quick: bool) -> list[str]:
     wanted = ("bar", "further") if further else ("bar",)
     return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+
+
+def sweep_rows(only: Sequence[str] | None, quick: bool, training: bool, threads: int) -> Iterator[sweep.Row]:
+    """Every class of the sweep, or those named, in all its forms; `quick`: tiny, to show that it works."""
+    torch.set_num_threads(threads)
+    dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
+    for case in cases.SWEEP:
+        if only and case.name not in only:
+            continue
+        for form in sweep.forms(case, (1,) if quick else (1, 8), dtypes):
+            made = ConvPoolWorkload(form)
+            seconds = 0.001 if quick else 0.1
+            yield from sweep.rows(made.tiny(40) if quick else made, training, seconds, threads)
 
 
 def isa() -> str:
@@ -110,8 +125,8 @@ class ConvPoolWorkload:
             **{name: value for name, value in self.case.arguments.items() if value is not None},
         }
 
-    def tiny(self) -> ConvPoolWorkload:
-        sizes = [min(size, 24 if self.spatial < 3 else 10) for size in self.case.input[2:]]
+    def tiny(self, most: int = 24) -> ConvPoolWorkload:
+        sizes = [min(size, most if self.spatial < 3 else 10) for size in self.case.input[2:]]
         return ConvPoolWorkload(dataclasses.replace(self.case, input=(1, self.case.input[1], *sizes)))
 
     def module(self) -> nn.Module:

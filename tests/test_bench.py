@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from interfuse.bench import compare, conv_pool, gpu, noise, peers, report, rnn, roofline, workers
+from interfuse.bench import compare, conv_pool, gpu, noise, peers, report, rnn, roofline, sweep, workers
 
 from interfuse import cli, terminal
 
@@ -288,6 +288,28 @@ def test_a_quick_run_of_the_command(
     assert saved["overhead"]["call"] > 0
     for heading in ("Inference, ms", "Training, ms", "Error of the output", "Call overhead", "machine peak"):
         assert heading.lower() in printed.lower()
+
+
+def test_a_quick_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "conv_pool", "--sweep", "--quick", "--threads", "1", "--case"]
+    assert cli.main([*arguments, "patches-4x4"]) == 0
+    printed = capsys.readouterr().out
+    forms = ("contiguous float32 max-pooled", "channels_last float32")
+    assert all(words in printed for words in (*forms, "inference", "training", "of 8 rows"))
+    assert cli.main([*arguments, "patches-4x4", "--json", "--inference-only"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 4
+    assert cli.main([*arguments, "nonsense"]) == 2
+    assert cli.main(["bench", "rnn", "--sweep"]) == 2
+    assert "rnn has no sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_calls_a_loss_a_loss() -> None:
+    row = sweep.Row("a", 1, "contiguous", "float32", False, False, eager=90e-6, ours=100e-6)
+    assert row.slower
+    assert "SLOWER" in row.cells()
+    tiny = sweep.Row("a", 1, "contiguous", "float32", False, False, eager=10e-6, ours=14e-6)
+    assert not tiny.slower
+    assert "1 of 2 rows are slower" in sweep.text([row, tiny])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--all", action="store_true", help="the further rows too, not only those with bars")
     bench.add_argument(
         "--quick", action="store_true", help="tiny cases and little timing: shows that it works"
+    )
+    bench.add_argument(
+        "--sweep", action="store_true", help="instead: is any class slower than torch's own modules?"
     )
     bench.add_argument("--case", action="append", metavar="NAME", help="only this case (may be repeated)")
     bench.add_argument(
@@ -104,6 +107,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
         )
         return 2
     op = importlib.import_module(f"interfuse.bench.{arguments.op}")
+    if arguments.sweep:
+        return run_sweep(arguments, op)
     cases = choose(
         "case", op.names(arguments.all, arguments.quick), op.names(True, arguments.quick), arguments.case
     )
@@ -132,6 +137,21 @@ def run_bench(arguments: argparse.Namespace) -> int:
     for bar in missed if arguments.check else []:
         print(bar.sentence(), file=sys.stderr)
     return 1 if arguments.check and missed else 0
+
+
+def run_sweep(arguments: argparse.Namespace, op: Any) -> int:
+    from interfuse.bench import roofline, sweep
+
+    if not hasattr(op, "sweep_rows"):
+        print(f"{arguments.op} has no sweep; leave --sweep out.", file=sys.stderr)
+        return 2
+    names = [case.name for case in op.cases.SWEEP]
+    if choose("case", names, names, arguments.case) is None:
+        return 2
+    threads = arguments.threads or roofline.machine()["cores"]
+    found = list(op.sweep_rows(arguments.case, arguments.quick, not arguments.inference_only, threads))
+    print(json.dumps([vars(row) for row in found], indent=1) if arguments.json else sweep.text(found))
+    return 1 if arguments.check and any(row.slower for row in found) else 0
 
 
 def choose(kind: str, default: list[str], known: list[str], asked: list[str] | None) -> list[str] | None:

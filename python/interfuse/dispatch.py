@@ -3,16 +3,21 @@
 Each op has an ordered table of implementations that ends in its reference. Beside each one stands
 `why_not(problem)`: None where it can run the problem, otherwise the sentence that says why not. `choose`
 takes the first that can, `explain` prints the sentences of those passed over, and an implementation asked
-for by name raises its own.
+for by name raises its own. `rather_not(problem)` is the sentence where it can, but a later one was measured
+to be faster: it is then passed over too, unless it is asked for by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+
+def _gladly(problem: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,11 @@ class Implementation:
     why_not: Callable[[Any], str | None]
     run: Callable[..., Any]
     run_backward: Callable[..., Any]
+    rather_not: Callable[[Any], str | None] = field(default=_gladly, kw_only=True)
+
+    def passes(self, problem: Any) -> str | None:
+        """Why it is not taken where the choice is free."""
+        return self.why_not(problem) or self.rather_not(problem)
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class BackendError(RuntimeError):
 
 
 def choose(table: Sequence[Implementation], problem: Any, backend: str | None = None) -> Implementation:
-    """The first implementation of the table that can run the problem, or the one asked for by name."""
+    """The first implementation of the table that takes the problem, or the one asked for by name."""
     if backend:
         implementation = named(table, backend)
         reason = implementation.why_not(problem)
@@ -46,7 +56,7 @@ def choose(table: Sequence[Implementation], problem: Any, backend: str | None = 
             raise BackendError(f"backend {backend!r} was asked for, but cannot run this: {reason}")
         return implementation
     for implementation in table:
-        if implementation.why_not(problem) is None:
+        if implementation.passes(problem) is None:
             return implementation
     raise BackendError("no implementation can run this, though every table should end in a reference.")
 
@@ -60,6 +70,6 @@ def named(table: Sequence[Implementation], backend: str) -> Implementation:
 
 
 def refusals(table: Sequence[Implementation], problem: Any) -> list[Refusal]:
-    """Every implementation that cannot run the problem, with its reason, in the table's order."""
-    reasons = ((implementation.name, implementation.why_not(problem)) for implementation in table)
+    """Every implementation that is not taken for the problem, with its reason, in the table's order."""
+    reasons = ((implementation.name, implementation.passes(problem)) for implementation in table)
     return [Refusal(name, reason) for name, reason in reasons if reason is not None]

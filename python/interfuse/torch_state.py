@@ -39,6 +39,7 @@ __all__ = [
     "apply_at_this_level",
     "children",
     "current_parameters",
+    "has_bfloat16_matrix_units",
     "has_hooks",
     "has_tangent",
     "in_forward_mode",
@@ -65,6 +66,11 @@ WATCHERS = (
     torch._C._get_tracing_state,
 )
 _functorch_active, _dispatch_modes, _function_modes, _autocast_active, _profiling, _tracing_state = WATCHERS
+
+
+def has_bfloat16_matrix_units() -> bool:
+    """Whether torch's bfloat16 convolutions and matrix products run on AMX tiles here."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def in_forward_mode() -> bool:

@@ -64,6 +64,39 @@ FURTHER = tuple(
 
 CASES = BARS + FURTHER
 
+# The classes of convolutions that models are made of, for `interfuse bench conv_pool --sweep`: is any of them
+# slower than torch's own modules? It varies batch, layout, dtype and pool itself.
+SWEEP = tuple(
+    Case(name, shape, weight, {"activation": "relu", **arguments}, bench="sweep")
+    for name, shape, weight, arguments in (
+        *((f"depthwise-{size}x{size}-{channels}-k{k}{f'-s{s}' if s > 1 else ''}", (8, channels, size, size),
+           (channels, 1, k, k), {"padding": k // 2, "stride": s, "groups": channels})
+          for size, channels, k, s in ((112, 32, 3, 1), (56, 128, 3, 1), (56, 128, 3, 2), (14, 512, 3, 1),
+                                       (28, 240, 5, 1), (14, 384, 7, 1))),
+        *((f"pointwise-{size}x{size}-{i}-{o}{f'-s{s}' if s > 1 else ''}", (8, i, size, size), (o, i, 1, 1),
+           {"stride": s})
+          for size, i, o, s in ((56, 64, 256, 1), (28, 256, 128, 1), (14, 512, 512, 1), (7, 2048, 512, 1),
+                                (56, 256, 512, 2))),
+        *((f"dense-{size}x{size}-{i}-{o}-k{k}{f'-s{s}' if s > 1 else ''}", (8, i, size, size), (o, i, k, k),
+           {"padding": k // 2, "stride": s})
+          for size, i, o, k, s in ((56, 64, 64, 3, 1), (28, 128, 128, 3, 1), (14, 256, 256, 3, 1),
+                                   (7, 512, 512, 3, 1), (56, 64, 128, 3, 2), (28, 64, 64, 5, 1),
+                                   (224, 3, 64, 7, 2))),
+        *((f"groups-{size}x{size}-{channels}-of-{each}", (8, channels, size, size), (channels, each, 3, 3),
+           {"padding": 1, "groups": channels // each})
+          for size, channels, each in ((56, 128, 16), (56, 128, 4), (14, 512, 16))),
+        *((f"patches-{k}x{k}", (8, 3, 224, 224), (o, 3, k, k), {"stride": k})
+          for k, o in ((4, 96), (16, 768))),
+        ("1d-64-128-s2", (8, 64, 1000), (128, 64, 5), {"padding": 2, "stride": 2}),
+        ("1d-80-512", (8, 80, 3000), (512, 80, 3), {"padding": 1, "activation": "gelu"}),
+        ("1d-512-512", (8, 512, 500), (512, 512, 3), {"padding": 1}),
+        ("1d-512-512-s2", (8, 512, 1599), (512, 512, 3), {"stride": 2, "activation": "gelu"}),
+        ("1d-1-512-s5", (8, 1, 16000), (512, 1, 10), {"stride": 5, "activation": "gelu"}),
+        ("3d-16-32", (8, 16, 16, 56, 56), (32, 16, 3, 3, 3), {"padding": 1}),
+        ("3d-pointwise", (8, 64, 8, 28, 28), (128, 64, 1, 1, 1), {}),
+    )
+)  # fmt: skip
+
 
 def _small(
     name: str, shape: tuple[int, ...], weight: tuple[int, ...], bias: bool = True, **arguments: Any

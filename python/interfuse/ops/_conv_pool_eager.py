@@ -19,8 +19,10 @@ from interfuse._native import ConvPoolDesc, conv_pool_call, conv_pool_forward
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops import _conv_pool_native as native
 from interfuse.ops._conv_pool_checks import Options, check, check_batched, resolve
-from interfuse.ops._conv_pool_problem import ConvPoolProblem, Three, empty_outputs
+from interfuse.ops._conv_pool_preference import rather_not
+from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, Three, empty_outputs
 from interfuse.ops._conv_pool_transforms import Forward, backward_op
+from interfuse.reference import conv_pool as reference
 from interfuse.torch_state import DLPACK_EXCHANGE, WATCHERS, apply, in_forward_mode, is_plain_eager
 
 if TYPE_CHECKING:
@@ -68,10 +70,11 @@ class Direct:
 class Plan:
     """What is left to do for one combination of shapes, strides, dtypes and arguments."""
 
-    desc: ConvPoolDesc
+    params: ConvPoolParams
     size: tuple[int, ...]
     strides: tuple[int, ...]
-    direct: Direct | None
+    desc: ConvPoolDesc | None  # None: torch's own functions are faster
+    direct: Direct | Literal["torch"] | None  # in training; None: through the op
 
 
 # False: this combination takes the long way.
@@ -137,12 +140,18 @@ def _find_and_run(
     if plan is False:
         return None
     if not _grad_enabled():
+        if plan.desc is None:
+            return _by_torch(plan, x, weight, bias)
         again = conv_pool_call(
             DLPACK_EXCHANGE, WATCHERS, (Tensor, Parameter), plan.desc, x, weight, bias, plan.size,
             plan.strides)  # fmt: skip
         _recent.put((id(weight), x.shape), Recent(arguments, precision, again))
     elif x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        if plan.direct == "torch":
+            return _by_torch(plan, x, weight, bias)
         return None if plan.direct is None else apply(Forward, plan.direct, x, weight, bias, False)[0]
+    if plan.desc is None:
+        return _by_torch(plan, x, weight, bias)
     y = x.new_empty_strided(plan.size, plan.strides)
     bias_pointer = 0 if bias is None else bias.data_ptr()
     conv_pool_forward(
@@ -159,12 +168,26 @@ def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> P
     if options.padding_mode != "zeros" or options.backend not in (None, "native"):
         return False
     problem = check(x, weight, bias, params, save=False)
-    if native.why_not(problem) is not None or problem.batch == 0 or not native.reads(problem, x):
+    if native.why_not(problem) is not None or problem.batch == 0:
         return False
-    if not weight.is_contiguous() or not (bias is None or bias.is_contiguous()):
+    training = replace(problem, save=True)
+    by_torch = options.backend is None and rather_not(problem) is not None
+    trains_by_torch = options.backend is None and rather_not(training) is not None
+    if not (by_torch and trains_by_torch) and not _reads(problem, x, weight, bias):
         return False
     y = empty_outputs(replace(problem, device=torch.device("meta")))[0]
     if not batched:
         y = y.squeeze(0)
-    direct = Direct(replace(problem, save=True)) if batched else None
-    return Plan(native.make_desc(problem, x.stride()), tuple(y.shape), y.stride(), direct)
+    direct: Direct | Literal["torch"] | None = Direct(training) if batched else None
+    desc = None if by_torch else native.make_desc(problem, x.stride())
+    return Plan(params, tuple(y.shape), y.stride(), desc, "torch" if trains_by_torch else direct)
+
+
+def _reads(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the core takes the three as they lie in memory."""
+    return native.reads(problem, x) and weight.is_contiguous() and (bias is None or bias.is_contiguous())
+
+
+def _by_torch(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = reference.forward(x, weight, bias, plan.params)
+    return y if y.stride() == plan.strides else y.new_empty_strided(plan.size, plan.strides).copy_(y)

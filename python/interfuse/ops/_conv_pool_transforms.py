@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interfuse.autocast import without_autocast
 from interfuse.ops._conv_pool_checks import op_params
 from interfuse.reference import conv_pool as reference
 from interfuse.torch_state import (
@@ -19,7 +20,7 @@ from interfuse.torch_state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from interfuse.ops._conv_pool_eager import Direct
     from interfuse.ops._conv_pool_problem import ConvPoolParams, Three
@@ -123,13 +124,22 @@ class _Backward(SingleLevelFunction):
 
 
 def autograd_kernel(
-    op: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    op: Any,
+    torch_trains: Callable[[Tensor, Tensor, Tensor | None, Sequence[Any]], bool],
+    keyset: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *args: Any,
 ) -> Three:
-    if has_tangent(x, weight, bias):
-        y = reference.forward(x, weight, bias, op_params(args))
+    wants_grad = _wants_grad(x, weight, bias)
+    # Without the saved tensors being asked for, nothing tells whose backward runs.
+    if has_tangent(x, weight, bias) or (wants_grad and not args[-1] and torch_trains(x, weight, bias, args)):
+        with without_autocast(x.device):  # the caller has cast already
+            y = reference.forward(x, weight, bias, op_params(args))
         index = torch.empty(0, dtype=torch.uint8, device=x.device)
         return y, index, torch.empty(0, dtype=x.dtype, device=x.device)
-    if _wants_grad(x, weight, bias):
+    if wants_grad:
         kernels = ThroughOp(op, keyset, args[:-1])
         return apply_at_this_level(Forward, kernels, x, weight, bias, args[-1])
     return redispatch_below_autograd(op, keyset, x, weight, bias, *args)
@@ -149,8 +159,8 @@ def autograd_kernel_backward(
     return redispatch_below_autograd(op, keyset, grad_y, x, weight, bias, *rest)
 
 
-def register_autograd(library: torch.library.Library, op: Any, backward_op: Any) -> None:
-    library.impl("conv_pool", partial(autograd_kernel, op), "Autograd", with_keyset=True)
+def register_autograd(library: torch.library.Library, op: Any, backward_op: Any, torch_trains: Any) -> None:
+    library.impl("conv_pool", partial(autograd_kernel, op, torch_trains), "Autograd", with_keyset=True)
     library.impl(
         "conv_pool_backward", partial(autograd_kernel_backward, backward_op), "Autograd", with_keyset=True
     )

@@ -8,7 +8,7 @@ short way of eager inference in _conv_pool_eager.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,16 @@ from interfuse.ops._conv_pool_checks import (
     op_problem,
     resolve,
 )
+from interfuse.ops._conv_pool_preference import rather_not
 from interfuse.ops._conv_pool_problem import ConvPoolParams, Three, empty_gradients, empty_outputs
 from interfuse.reference import conv_pool as reference
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 # In order of preference; the reference runs everything.
 IMPLEMENTATIONS = (
-    Implementation("native", native.why_not, native.run, native.run_backward),
+    Implementation("native", native.why_not, native.run, native.run_backward, rather_not=rather_not),
     Implementation("triton", triton.why_not, triton.run, triton.run_backward),
     Implementation("reference", lambda problem: None, reference.run, reference.run_backward),
 )
@@ -133,6 +137,16 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Three:
     return implementation.run(problem, x, weight, bias)
 
 
+def _torch_trains(x: Tensor, weight: Tensor, bias: Tensor | None, args: Sequence[Any]) -> bool:
+    """Whether torch's own functions are chosen for their speed in training, so that torch should
+    differentiate them too. Sizes that are still symbols are not asked: that would bind the graph to them."""
+    if any(isinstance(size, torch.SymInt) for size in (*x.shape, *weight.shape)):
+        return False
+    problem = op_problem(x, weight, bias, args, save=True)
+    free = not problem.params.backend
+    return free and native.why_not(problem) is None and rather_not(problem) is not None
+
+
 def _run_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -191,5 +205,5 @@ _library.impl("conv_pool_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("interfuse::conv_pool", _fake, lib=_library)
 torch.library.register_fake("interfuse::conv_pool_backward", _fake_backward, lib=_library)
 _OPS = (torch.ops.interfuse.conv_pool.default, torch.ops.interfuse.conv_pool_backward.default)
-transforms.register_autograd(_library, *_OPS)
+transforms.register_autograd(_library, *_OPS, _torch_trains)
 transforms.register_vmap(_library, *_OPS)
