@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from interfuse.ops._conv_pool_problem import ConvPoolProblem
 
 # Below both, the calls around the kernels take longer than the kernels, and fewer calls win.
-LEAST_PRODUCTS, LEAST_RESULTS = 4_000_000, 65_536
+LEAST_PRODUCTS, LEAST_RESULTS = 32_000_000, 65_536
 
 
 @lru_cache(maxsize=1024)
@@ -72,7 +72,7 @@ def _in_inference(at: _Seen) -> str | None:
     if at.winograd and at.plane < 100 and at.weights >= 1 << 20 and not at.last:
         return "images of less than 100 pixels with more than a million weights, measured 0.80 to 0.88"
     if at.pooled:
-        if wide and at.last and at.taps >= 25 and not at.depthwise:
+        if wide and at.last and at.taps >= 25 and at.pixels >= 4096 and not at.depthwise:
             return "kernels of 5x5 and more over many channels of channels-last tensors, measured 0.94 to 1.0"
         return None
     if at.depthwise:
@@ -81,7 +81,8 @@ def _in_inference(at: _Seen) -> str | None:
         if at.last and at.strided:
             return "strided depthwise convolutions of channels-last tensors, measured 0.71 to 1.0"
         return None
-    if at.patches and at.last == (at.group_in * at.taps < 256):
+    small_patches = at.group_in * at.taps < 256
+    if at.patches and (at.pixels >= 8192 if at.last and small_patches else at.last == small_patches):
         return "small patches of channels-last tensors and large ones of others, measured 0.86 to 1.1"
     if at.grouped and at.last and not wide:
         return "groups of less than 16 channels in channels-last tensors, measured 0.39 to 0.96"
@@ -101,10 +102,10 @@ def _in_inference(at: _Seen) -> str | None:
 
 def _in_training(at: _Seen) -> str | None:
     if at.depthwise:
-        if at.last or at.strided or at.plane < 784:
+        if at.last or at.strided or at.plane < 784 or (at.taps < 25 and at.results < 1 << 20):
             return (
-                "the gradients of depthwise convolutions in channels-last tensors, with strides or of images "
-                "of less than 784 pixels, measured 0.13 to 1.1"
+                "the gradients of depthwise convolutions in channels-last tensors, with strides, of images "
+                "of less than 784 pixels or with less than a million results, measured 0.13 to 1.4"
             )
         return None
     if at.patches and (at.last or at.group_in * at.taps >= 256):
