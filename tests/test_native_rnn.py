@@ -322,6 +322,17 @@ def test_rows_dealt_out_to_threads(cell: str, threads: int) -> None:
             assert_close(ours[name], leaf.grad, 4 * allowed(run.case), name)
 
 
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_beyond_the_cache(batch: int, threads: int, weight_dtype: str) -> None:
+    run = run_of(Case(batch=batch, steps=4, hidden=520, threads=threads))
+    y = run.forward(save=False, weight_dtype=weight_dtype)[0]
+    if weight_dtype == "bfloat16":
+        run.module.weight_hh_l0.data = run.module.weight_hh_l0.data.bfloat16().float()
+    assert_close(y, truth_of(run).outputs[0], allowed(run.case), "y")
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_long_sequences(batch: int) -> None:
     run = run_of(Case(batch=batch, steps=2000, hidden=16))

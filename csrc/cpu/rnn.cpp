@@ -173,13 +173,41 @@ class Stack {
     packed_product(weights_.recurrent(), p_.output(), from, q, order_.active[s], columns.begin, columns.end - columns.begin);
   }
 
+  // Asks for all of what the others just wrote at once: one line after the other would come at a core's distance each.
+  INTERFUSE_INLINE void fetch_outputs(const Direction& x, int64_t s, int64_t from, int64_t to) const {
+    constexpr int64_t kRows = 4;
+    for (int64_t j = 0; j < order_.active[s + 1] && j < kRows; ++j)
+      for (int64_t unit = from; unit < to; unit += 16) __builtin_prefetch(output_row(x, s, j) + unit);
+  }
+
+  // Whether the recurrent weights of these blocks fit into L2 beside what else passes through it.
+  bool stays_in_cache(Range mine) const {
+    constexpr int64_t kFloats = 192 << 10;
+    return weights_.recurrent().floats((mine.end - mine.begin) * Cell::kGates, p_.output()) <= kFloats;
+  }
+
+  // Weights beyond the cache are swept forwards and backwards in turn: what one step read last, the next finds there.
+  void back_and_forth(const Direction& x, int64_t s, int64_t base, Range mine) const {
+    constexpr int64_t kBlocks = 4;
+    const int64_t groups = (mine.end - mine.begin + kBlocks - 1) / kBlocks;
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t begin = mine.begin + (s % 2 ? groups - 1 - i : i) * kBlocks;
+      recurrent_product(x, s, base, {begin, begin + kBlocks < mine.end ? begin + kBlocks : mine.end}, 0, p_.output());
+    }
+  }
+
   INTERFUSE_INLINE void step(RnnTeam& team, int64_t layer, int d, const Direction& x, Range mine, int64_t s, int64_t base) const {
     const int64_t begin = mine.begin * kLanes, end = mine.end * kLanes < p_.hidden ? mine.end * kLanes : p_.hidden;
-    if (team.members(d) > 1 && s > 0 && !p_.projection) {
+    if (!stays_in_cache(mine)) {
+      team.wait(d);
+      back_and_forth(x, s, base, mine);
+    } else if (team.members(d) > 1 && s > 0 && !p_.projection) {
       // This thread's own units first: the others' arrive meanwhile.
       recurrent_product(x, s, base, mine, begin, end);
       team.wait(d);
       if (mine.begin < mine.end) {
+        fetch_outputs(x, s - 1, 0, begin);
+        fetch_outputs(x, s - 1, end, p_.hidden);
         recurrent_product(x, s, base, mine, 0, begin);
         recurrent_product(x, s, base, mine, end, p_.hidden);
       }

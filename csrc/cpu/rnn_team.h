@@ -17,7 +17,7 @@ struct RnnFlags {
     for (auto& place : line)
       for (int i = 0; i < threads; ++i) place[i].arrivals = 0;
   }
-  struct alignas(64) Line {
+  struct alignas(128) Line {
     uint32_t arrivals;
   };
   Line line[3][kMostRnnThreads];
