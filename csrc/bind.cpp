@@ -6,6 +6,7 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -139,44 +140,12 @@ void conv_pool_backward(const ConvPoolDesc& desc, uintptr_t grad_y, uintptr_t x,
   raise(status);
 }
 
-// One inference call as it was made once, with what its tensors were like. Made again, they are compared here: through
-// DLPack's exchange table that takes a fifth of the time of asking each tensor for its shape, strides, dtype, device and
-// address in Python. For the same reason this is Python's own vectorcall and not pybind11's dispatch.
-class ConvPoolCall {
+// What the tensors of one inference call were like. Made again, they are compared here: through DLPack's exchange table
+// that takes a fifth of the time of asking each tensor for its shape, strides, dtype, device and address in Python.
+// Every error is a Python exception that is set, and null or -1 returned: a vectorcall passes no C++ exceptions on.
+class Likeness {
  public:
-  ConvPoolCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
-               const py::object& x, const py::object& weight, const py::object& bias, const py::tuple& size,
-               const py::tuple& strides)
-      : watchers_(watchers), types_(types), held_(desc), size_(size), strides_(strides), desc_(desc.cast<const ConvPoolDesc&>()) {
-    const auto* api = static_cast<const interfuse::DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    if (api->version.major != interfuse::kDLPackMajor || !api->dltensor_from_py_object_no_sync)
-      throw py::value_error("conv_pool: the exchange table has DLPack's version " + std::to_string(api->version.major) +
-                            " or no dltensor_from_py_object_no_sync; version 1 with it is needed.");
-    view_ = api->dltensor_from_py_object_no_sync;
-    const py::object given[] = {x, weight, bias};
-    for (int i = 0; i < 3; ++i) {
-      if (given[i].is_none()) continue;
-      interfuse::DLTensor t;
-      if (view_(given[i].ptr(), &t) != 0) throw py::error_already_set();
-      expected_[i] = {t.ndim, t.dtype.code, t.dtype.bits, Sizes(t.shape, t.shape + t.ndim), Sizes(t.strides, t.strides + t.ndim)};
-    }
-  }
-
-  // run(x, weight, bias, threads): the output, or None where a watcher returns something true, or one of the tensors is
-  // not like the one of the first call (its type, shape, strides, dtype or device, or a lazy negation).
-  static PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    const auto* call = static_cast<const ConvPoolCall*>(PyCapsule_GetPointer(self, nullptr));
-    if (!call) return nullptr;
-    if (count != 4) return PyErr_Format(PyExc_TypeError, "run takes x, weight, bias and threads; got %zd arguments.", count);
-    const long threads = PyLong_AsLong(args[3]);
-    if (threads == -1 && PyErr_Occurred()) return nullptr;
-    return call->run(args, static_cast<int>(threads));
-  }
-
- private:
-  struct Expected {
+  struct Tensor {
     int32_t ndim = 0;  // 0: no tensor
     uint8_t code = 0, bits = 0;
     Sizes shape, strides;
@@ -187,38 +156,35 @@ class ConvPoolCall {
     }
   };
 
-  PyObject* run(PyObject* const* args, int threads) const {
-    static PyObject* const new_empty_strided = PyUnicode_InternFromString("new_empty_strided");
-    void* data[3] = {};
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers_.ptr()); ++i) {
-      const int watches = is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers_.ptr(), i)));
-      if (watches < 0) return nullptr;
-      if (watches) Py_RETURN_NONE;
-    }
-    for (int i = 0; i < 3; ++i) {
-      if ((args[i] == Py_None) != (expected_[i].ndim == 0)) Py_RETURN_NONE;
-      if (args[i] == Py_None) continue;
-      const int fits = address(args[i], expected_[i], &data[i]);
-      if (fits < 0) return nullptr;
-      if (!fits) Py_RETURN_NONE;
-    }
-    PyObject* const made_from[] = {args[0], size_.ptr(), strides_.ptr()};
-    py::object y = py::reinterpret_steal<py::object>(
-        PyObject_VectorcallMethod(new_empty_strided, made_from, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-    interfuse::DLTensor to;
-    if (!y || view_(y.ptr(), &to) != 0) return nullptr;
-    interfuse_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = interfuse_conv_pool_forward(desc_.plan(), data[0], data[1], data[2], to.data, nullptr, nullptr, threads);
-    Py_END_ALLOW_THREADS;
-    if (status == INTERFUSE_OK) return y.release().ptr();
-    PyErr_SetString(status == INTERFUSE_OUT_OF_MEMORY ? PyExc_MemoryError : PyExc_RuntimeError, interfuse_last_error());
-    return nullptr;
+  Likeness(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types) : watchers_(watchers), types_(types) {
+    const auto* api = static_cast<const interfuse::DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->version.major != interfuse::kDLPackMajor || !api->dltensor_from_py_object_no_sync)
+      throw py::value_error("interfuse: the exchange table has DLPack's version " + std::to_string(api->version.major) +
+                            " or no dltensor_from_py_object_no_sync; version 1 with it is needed.");
+    view_ = api->dltensor_from_py_object_no_sync;
   }
 
-  // 1 and the address, 0 where the tensor is not as expected, -1 with an exception set.
-  int address(PyObject* tensor, const Expected& expected, void** data) const {
+  Tensor describe(const py::object& tensor) const {
+    if (tensor.is_none()) return {};
+    interfuse::DLTensor t;
+    if (view_(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    return {t.ndim, t.dtype.code, t.dtype.bits, Sizes(t.shape, t.shape + t.ndim), Sizes(t.strides, t.strides + t.ndim)};
+  }
+
+  // Whether one of the watchers returns something true; -1 with an exception set.
+  int watched() const {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers_.ptr()); ++i)
+      if (const int watches = is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers_.ptr(), i)))) return watches;
+    return 0;
+  }
+
+  // 1 and the address, 0 where the tensor is not as expected (or a lazy negation), -1 with an exception set.
+  int address(PyObject* tensor, const Tensor& expected, void** data) const {
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    *data = nullptr;
+    if (tensor == Py_None || expected.ndim == 0) return tensor == Py_None && expected.ndim == 0;
     const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     if (type != PyTuple_GET_ITEM(types_.ptr(), 0) && type != PyTuple_GET_ITEM(types_.ptr(), 1)) return 0;
     interfuse::DLTensor t;
@@ -232,6 +198,19 @@ class ConvPoolCall {
     return negated < 0 ? -1 : !negated;
   }
 
+  // A new tensor beside another, and its address; null with an exception set.
+  py::object make(PyObject* beside, const py::handle& size, const py::handle& strides, void** data) const {
+    static PyObject* const new_empty_strided = PyUnicode_InternFromString("new_empty_strided");
+    PyObject* const made_from[] = {beside, size.ptr(), strides.ptr()};
+    py::object made = py::reinterpret_steal<py::object>(
+        PyObject_VectorcallMethod(new_empty_strided, made_from, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    interfuse::DLTensor t;
+    if (!made || view_(made.ptr(), &t) != 0) return {};
+    *data = t.data;
+    return made;
+  }
+
+ private:
   // Of a new reference, which it takes: 1, 0, or -1 with an exception set.
   static int is_true(PyObject* result) {
     if (!result) return -1;
@@ -241,24 +220,85 @@ class ConvPoolCall {
   }
 
   py::tuple watchers_, types_;
+  int (*view_)(void*, interfuse::DLTensor*) = nullptr;
+};
+
+// Whether the core succeeded; otherwise its exception is set.
+bool succeeded(interfuse_status status) {
+  if (status == INTERFUSE_OK) return true;
+  PyObject* kind = status == INTERFUSE_INVALID         ? PyExc_ValueError
+                   : status == INTERFUSE_OUT_OF_MEMORY ? PyExc_MemoryError
+                                                       : PyExc_RuntimeError;
+  PyErr_SetString(kind, interfuse_last_error());
+  return false;
+}
+
+// The `run` of a call as a callable of its own, which owns the call. It is Python's own vectorcall and not pybind11's
+// dispatch, which would take most of the time that is gained.
+template <class Call>
+py::object callable_of(std::unique_ptr<Call> call) {
+  static PyMethodDef run = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+                                       static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(
+                                           [](PyObject* self, PyObject* const* args, Py_ssize_t count) -> PyObject* {
+                                             const auto* made = static_cast<const Call*>(PyCapsule_GetPointer(self, nullptr));
+                                             if (!made) return nullptr;
+                                             if (count != Call::kArguments)
+                                               return PyErr_Format(PyExc_TypeError, "%s; got %zd arguments.", Call::kDoc, count);
+                                             const long threads = PyLong_AsLong(args[count - 1]);
+                                             if (threads == -1 && PyErr_Occurred()) return nullptr;
+                                             try {
+                                               return made->run(args, static_cast<int>(threads));
+                                             } catch (const std::bad_alloc&) {
+                                               return PyErr_NoMemory();
+                                             }
+                                           }))),
+                            METH_FASTCALL, Call::kDoc};
+  const py::capsule owner(call.get(), [](void* made) { delete static_cast<Call*>(made); });
+  call.release();
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&run, owner.ptr()));
+}
+
+// One inference call of conv_pool as it was made once. run gives the output, or None where a watcher returns something
+// true or one of the tensors is not like the one of the first call.
+class ConvPoolCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 4;
+  static constexpr const char* kDoc = "run takes x, weight, bias and threads";
+
+  ConvPoolCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
+               const py::object& x, const py::object& weight, const py::object& bias, const py::tuple& size,
+               const py::tuple& strides)
+      : like_(exchange, watchers, types), held_(desc), size_(size), strides_(strides),
+        desc_(desc.cast<const ConvPoolDesc&>()), expected_{like_.describe(x), like_.describe(weight), like_.describe(bias)} {}
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    void *data[3], *to;
+    if (const int watched = like_.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    for (int i = 0; i < 3; ++i) {
+      const int fits = like_.address(args[i], expected_[i], &data[i]);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    }
+    py::object y = like_.make(args[0], size_, strides_, &to);
+    if (!y) return nullptr;
+    interfuse_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = interfuse_conv_pool_forward(desc_.plan(), data[0], data[1], data[2], to, nullptr, nullptr, threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? y.release().ptr() : nullptr;
+  }
+
+ private:
+  Likeness like_;
   py::object held_;
   py::tuple size_, strides_;
   const ConvPoolDesc& desc_;
-  int (*view_)(void*, interfuse::DLTensor*) = nullptr;
-  Expected expected_[3];
+  Likeness::Tensor expected_[3];
 };
 
-// The call's `run` as a callable of its own, which owns the call.
 py::object conv_pool_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types,
                           const py::object& desc, const py::object& x, const py::object& weight, const py::object& bias,
                           const py::tuple& size, const py::tuple& strides) {
-  static PyMethodDef run = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-                                       static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(&ConvPoolCall::run))),
-                            METH_FASTCALL, "run(x, weight, bias, threads)"};
-  auto call = std::make_unique<ConvPoolCall>(exchange, watchers, types, desc, x, weight, bias, size, strides);
-  const py::capsule owner(call.get(), [](void* made) { delete static_cast<ConvPoolCall*>(made); });
-  call.release();
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&run, owner.ptr()));
+  return callable_of(std::make_unique<ConvPoolCall>(exchange, watchers, types, desc, x, weight, bias, size, strides));
 }
 
 class RnnDesc {
@@ -338,6 +378,76 @@ void rnn_backward(const RnnDesc& desc, uintptr_t x, uintptr_t ids, uintptr_t len
   raise(status);
 }
 
+// One inference call of rnn as it was made once; see ConvPoolCall. run gives (y, hn, cn), cn None but for the LSTM.
+class RnnCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr const char* kDoc = "run takes x, table, lengths, h0, c0, weights and threads";
+
+  RnnCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
+          const py::tuple& given, const py::sequence& weights, const std::vector<int>& places, const py::tuple& outputs)
+      : like_(exchange, watchers, types), held_(desc), desc_(desc.cast<const RnnDesc&>()), places_(places), outputs_(outputs) {
+    for (size_t i = 0; i < 5; ++i) expected_[i] = like_.describe(given[i]);
+    for (const py::handle& w : weights) weights_.push_back(like_.describe(py::reinterpret_borrow<py::object>(w)));
+    if (weights_.empty() || outputs.size() != 3)
+      throw py::value_error("rnn: a call is made of at least one weight and of sizes and strides of y, hn and cn.");
+    desc_.weights(std::vector<uintptr_t>(places.size()));  // throws where these are not as many as run will need
+  }
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    void *data[5], *to[3] = {};
+    if (const int watched = like_.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    for (int i = 0; i < 5; ++i) {
+      const int fits = like_.address(args[i], expected_[i], &data[i]);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    }
+    if (!PyList_CheckExact(args[5]) || PyList_GET_SIZE(args[5]) != static_cast<Py_ssize_t>(weights_.size()))
+      Py_RETURN_NONE;
+    PyObject* const* weights = PySequence_Fast_ITEMS(args[5]);
+    std::vector<uintptr_t> addresses(weights_.size() + 1);
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      void* address;
+      const int fits = like_.address(weights[i], weights_[i], &address);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+      addresses[i] = reinterpret_cast<uintptr_t>(address);
+    }
+    std::vector<uintptr_t> placed;  // those that are not there count from the end, where a 0 stands
+    for (const int place : places_) placed.push_back(place < 0 ? addresses.back() : addresses[place]);
+    py::object made[3];
+    for (int i = 0; i < 3; ++i) {
+      const py::handle output = PyTuple_GET_ITEM(outputs_.ptr(), i);
+      made[i] = output.is_none() ? py::none()
+                                 : like_.make(weights[0], PyTuple_GET_ITEM(output.ptr(), 0), PyTuple_GET_ITEM(output.ptr(), 1), &to[i]);
+      if (!made[i]) return nullptr;
+    }
+    const interfuse_rnn_sequences in = {
+        static_cast<const float*>(data[1] ? data[1] : data[0]), data[1] ? static_cast<const int64_t*>(data[0]) : nullptr,
+        static_cast<const int64_t*>(data[2]), static_cast<const float*>(data[3]), static_cast<const float*>(data[4])};
+    const auto all = desc_.weights(placed);
+    interfuse_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = interfuse_rnn_forward(desc_.plan(), &in, all.data(), static_cast<float*>(to[0]), static_cast<float*>(to[1]),
+                                   static_cast<float*>(to[2]), nullptr, threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? PyTuple_Pack(3, made[0].ptr(), made[1].ptr(), made[2].ptr()) : nullptr;
+  }
+
+ private:
+  Likeness like_;
+  py::object held_;
+  const RnnDesc& desc_;
+  std::vector<int> places_;
+  py::tuple outputs_;
+  Likeness::Tensor expected_[5];
+  std::vector<Likeness::Tensor> weights_;
+};
+
+py::object rnn_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
+                    const py::tuple& given, const py::list& weights, const std::vector<int>& places,
+                    const py::tuple& outputs) {
+  return callable_of(std::make_unique<RnnCall>(exchange, watchers, types, desc, given, weights, places, outputs));
+}
+
 py::dict info() {
   py::dict d;
   d["version"] = interfuse_version();
@@ -407,6 +517,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rnn_forward", &rnn_forward, py::arg("desc"), py::arg("x"), py::arg("ids"), py::arg("lengths"), py::arg("h0"),
         py::arg("c0"), py::arg("weights"), py::arg("y"), py::arg("hn"), py::arg("cn"), py::arg("reserve"),
         py::arg("threads"));
+  m.def("rnn_call", &rnn_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("desc"),
+        py::arg("given"), py::arg("weights"), py::arg("places"), py::arg("outputs"));
   m.def("rnn_backward", &rnn_backward, py::arg("desc"), py::arg("x"), py::arg("ids"), py::arg("lengths"), py::arg("h0"),
         py::arg("c0"), py::arg("weights"), py::arg("reserve"), py::arg("grad_y"), py::arg("grad_hn"),
         py::arg("grad_cn"), py::arg("grad_x"), py::arg("grad_h0"), py::arg("grad_c0"), py::arg("grad_weights"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import rnn_oracle as oracle
+import tolerance
 import torch
 from cases.rnn import EDGES
 from watch import Calls, Wrapped
@@ -141,6 +142,7 @@ def test_every_cache_keyed_by_shape_is_bounded(monkeypatch: pytest.MonkeyPatch) 
         (_rnn_checks, "_problems"): 6,
         (_rnn_native, "_descs"): 7,
         (_rnn_native, "_rows"): 4,
+        (_rnn_eager, "_recent"): 3,
     }
     for (module, name), capacity in caches.items():
         assert isinstance(getattr(module, name), BoundedCache)
@@ -149,6 +151,8 @@ def test_every_cache_keyed_by_shape_is_bounded(monkeypatch: pytest.MonkeyPatch) 
         g = oracle.given(replace(CASE, hidden=size))
         oracle.gradients(oracle.ours(g), g.leaves())
         with Calls():
+            oracle.ours(g)
+        with torch.no_grad():
             oracle.ours(g)
     for (module, name), capacity in caches.items():
         assert len(getattr(module, name)) == capacity
@@ -193,3 +197,31 @@ def test_the_output_may_be_changed_before_the_backward() -> None:
     with torch.no_grad():
         y.zero_()
     assert torch.equal(torch.autograd.grad(y.sum(), g.x)[0], kept)
+
+
+def test_the_call_before_is_no_shortcut_past_a_check() -> None:
+    """An inference call compares its tensors with the call before; what differs goes the long way."""
+    module, x = inn.LSTM(4, 7, 2), torch.randn(5, 3, 4)
+    state = (torch.randn(2, 3, 7), torch.randn(2, 3, 7))
+    lengths = torch.tensor([5, 2, 0])
+    with torch.no_grad():
+        plain = module(x)[0]
+        given = {"state": (state,), "lengths": (None, lengths), "both": (state, lengths)}
+        expected = {name: module(x, *more)[0] for name, more in given.items()}
+        for _ in range(2):
+            assert torch.equal(module(x)[0], plain)
+            assert torch.equal(module(x, state)[0], expected["state"])
+            assert torch.equal(module(x, None, lengths)[0], expected["lengths"])
+            assert torch.equal(module(x, state, lengths)[0], expected["both"])
+            assert torch.equal(module(x, list(state))[0], expected["state"])
+        with pytest.raises(ValueError, match="length of sequence 1 is 9"):
+            module(x, None, torch.tensor([5, 9, 0]))
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+            module(x, (state[0][:, :2], state[1]))
+        with torch.autocast("cpu"):
+            assert module(x)[0].dtype == torch.bfloat16
+        module.weight_hh_l1.data = module.weight_hh_l1.data.clone().zero_()
+        assert not torch.equal(module(x)[0], plain)
+        module.weight_hh_l1.data = torch.randn(28, 8)[:, :7]
+        again = module(x)[0]
+    assert tolerance.error(again, module(x)[0]) == 0.0  # in training

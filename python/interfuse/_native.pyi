@@ -112,6 +112,20 @@ def rnn_forward(
     reserve: int,
     threads: int,
 ) -> None: ...
+
+# As conv_pool_call: run(x, table, lengths, h0, c0, weights, threads) -> (y, hn, cn) or None, for tensors like
+# the given ones (x, table, lengths, h0, c0) and a list of weights. places: for each address that rnn_forward
+# takes, which weight it is, -1 for none. outputs: size and strides of y, hn and cn, or None.
+def rnn_call(
+    exchange: Any,
+    watchers: tuple[Callable[[], Any], ...],
+    types: tuple[type, type],
+    desc: RnnDesc,
+    given: tuple[Any, ...],
+    weights: list[Any],
+    places: Sequence[int],
+    outputs: tuple[Any, ...],
+) -> Callable[[Any, Any, Any, Any, Any, Any, int], Any]: ...
 def rnn_backward(
     desc: RnnDesc,
     x: int,

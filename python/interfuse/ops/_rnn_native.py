@@ -13,7 +13,7 @@ from interfuse.bounded_cache import BoundedCache
 from interfuse.ops._rnn_problem import Four, RnnProblem, empty_gradients, empty_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -85,18 +85,24 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def in_places(p: RnnProblem, flat: Iterable[int]) -> list[int]:
-    """One number for each weight as five for each layer and direction, as the core wants them; 0 for none."""
-    numbers = iter(flat)
-    return [
-        next(numbers) if there else 0
-        for _ in range(p.runs)
-        for there in (True, True, p.bias, p.bias, p.proj_size > 0)
-    ]
+_places: BoundedCache[list[int]] = BoundedCache(512)
+
+
+def places(p: RnnProblem) -> list[int]:
+    """Which weight each of the core's addresses is: five for each layer and direction, -1 for none."""
+    key = (p.runs, p.bias, p.proj_size > 0)
+    known = _places.get(key)
+    if known is None:
+        numbers = iter(range(p.runs * p.weights_per_run))
+        there = (True, True, p.bias, p.bias, p.proj_size > 0) * p.runs
+        known = _places.put(key, [next(numbers) if yes else -1 for yes in there])
+    return known
 
 
 def addresses(p: RnnProblem, weights: Sequence[Tensor | None]) -> list[int]:
-    return in_places(p, map(pointer, weights))
+    pointers = [0 if w is None else w.data_ptr() for w in weights]
+    pointers.append(0)
+    return [pointers[place] for place in places(p)]
 
 
 def _inputs(
@@ -109,7 +115,9 @@ def _inputs(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
     """x, what the core takes by pointer before the weights, and the weights: float32, in its layouts."""
-    floats = [w.float().contiguous() for w in weights]
+    floats = [w.contiguous() for w in weights]
+    if floats[0].dtype in _HALVES:
+        floats = [w.float() for w in floats]
     lengths = None if lengths is None else lengths.contiguous()
     if table is not None:
         return x, [_float(table), x, lengths, _float(h0), _float(c0)], floats
