@@ -21,11 +21,14 @@ BY_NAME = {case.name: case for case in EDGES}
 NAMES = ("lstm-deep-both", "gru-deep-both", "rnn_tanh-one", "lstm-ids", "projected", "lstm-least", "batch-33")
 
 
-def everything(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
+def everything(case: Case) -> dict[str, torch.Tensor]:
+    return results_of(oracle.given(case))
+
+
+def results_of(g: oracle.Given) -> dict[str, torch.Tensor]:
     """Results and gradients."""
-    g = oracle.given(case, seed=seed)
     found = oracle.ours(g)
-    gradients = oracle.gradients(found, g.leaves(), seed)
+    gradients = oracle.gradients(found, g.leaves())
     return {**{n: t.detach() for n, t in found.items()}, **{f"grad of {n}": t for n, t in gradients.items()}}
 
 
@@ -45,10 +48,10 @@ def test_repeatable_and_right_on_any_number_of_threads(name: str, threads: int) 
 
 def test_several_python_threads_at_once() -> None:
     """Different problems and the same one, all at the same time; each thread gets its own result."""
-    jobs = [(BY_NAME[name], seed) for seed in range(3) for name in NAMES]
-    alone = [everything(*job) for job in jobs]
+    jobs = [oracle.given(BY_NAME[name], seed=seed) for seed in range(3) for name in NAMES]
+    alone = [results_of(job) for job in jobs]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda job: everything(*job), jobs))
+        together = list(pool.map(results_of, jobs))
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
