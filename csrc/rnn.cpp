@@ -188,7 +188,8 @@ interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfus
     check_ids(p, sequences->lengths, sequences->ids);
     const int team = std::min(usable_threads(threads), kMostRnnThreads);
     const Parts parts(p, sequences->lengths, parts_for(p, sequences->lengths, team));
-    if (p.save && p.steps) reserve[parts_place(*plan->kernels, p)] = static_cast<float>(parts.all().count);
+    if (p.save && p.steps)  // every one of them: nothing that is saved stays unwritten
+      std::fill_n(reserve + parts_place(*plan->kernels, p), p.batch * p.steps, static_cast<float>(parts.all().count));
     plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team});
   });
 }

@@ -9,6 +9,7 @@ import pytest
 import rnn_oracle as oracle
 import tolerance
 import torch
+import torch._inductor.config
 from cases.rnn import EDGES, MODULES
 from functorch.compile import make_boxed_func
 from torch import nn
@@ -84,7 +85,9 @@ def test_compile(dynamic: bool | None) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compile_with_inductor() -> None:
-    assert_compiles("inductor", True)
+    # A graph cached by an earlier run would know how much an earlier core kept for the backward.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert_compiles("inductor", True)
 
 
 def test_compiled_dropout_and_autocast() -> None:
