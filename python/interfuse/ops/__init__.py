@@ -1,5 +1,6 @@
 """The public functions. Importing this package registers the ops `torch.ops.interfuse.*`."""
 
 from interfuse.ops.conv_pool import conv_pool
+from interfuse.ops.rnn import rnn
 
-__all__ = ["conv_pool"]
+__all__ = ["conv_pool", "rnn"]
