@@ -14,6 +14,9 @@ from torch.testing._internal.common_utils import freeze_rng_state, noncontiguous
 
 import interfuse.nn as inn
 
+# Importing torch's database forbids setting torch.backends' flags in the whole process; other tests set them.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
