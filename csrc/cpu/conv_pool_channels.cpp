@@ -106,7 +106,8 @@ Plan make_plan(const ConvPool& problem, int threads, int64_t pixel_step) {
   const bool heavy = p.group_out * depth > p.group_in * p.in.volume();
   plan.cut = cut_outputs(p, threads, plan.panels, heavy, [&](const Triple& outs) {
     const Triple conv = conv_extents(p, outs);
-    if (plan.one_block() && outs.h == 1 && conv.w * lanes * 4 > 2 * kNearBytes) return false;
+    // Rows of planes are stored whole; channels-last ones may as well be cut to where the sums stay near.
+    if (p.channels_last && plan.one_block() && outs.h == 1 && conv.w * lanes * 4 > 2 * kNearBytes) return false;
     return copy_floats(p, conv) * 4 <= kCopyBytes && (plan.one_block() || conv.volume() * lanes * 4 <= kSumsBytes);
   });
 

@@ -72,7 +72,7 @@ def _in_inference(at: _Seen) -> str | None:
     if at.winograd and at.plane < 100 and at.weights >= 1 << 20 and not at.last:
         return "images of less than 100 pixels with more than a million weights, measured 0.80 to 0.88"
     if at.pooled:
-        if wide and at.last and at.taps >= 25 and at.pixels >= 4096 and not at.depthwise:
+        if wide and at.last and at.taps >= 25 and at.pixels >= 4096 and not (at.depthwise or at.winograd):
             return "kernels of 5x5 and more over many channels of channels-last tensors, measured 0.94 to 1.0"
         return None
     if at.depthwise:
