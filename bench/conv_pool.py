@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench import peers, sweep
 from interfuse.bench.report import Bar, memory_share
 from interfuse.bench.roofline import Cost
-from interfuse.bench.workers import sample
+from interfuse.bench.workers import between
 from interfuse.cases import conv_pool as cases
 from torch import Tensor, nn
 
@@ -269,16 +268,8 @@ class ConvPoolWorkload:
         def binding() -> None:
             _native.conv_pool_forward(desc, *pointers, 0, 0, threads)
 
-        pairs, cpu = [], 0.0
         with torch.no_grad():
-            for _ in range(5):
-                samples = sample(op, seconds / 10), sample(binding, seconds / 10)
-                pairs.append(tuple(s["median"] for s in samples))
-                cpu += sum(s["cpu"] for s in samples)
-        call, kernel, between = (
-            statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
-        )
-        return {"call": call, "kernel": kernel, "overhead": between, "cpu": cpu}
+            return between(op, binding, seconds)
 
 
 OVERHEAD_CASE = "first-224@tiny"

@@ -7,14 +7,13 @@ peer table; `pytest bench/rnn.py --benchmark-enable` runs each case under pytest
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench import peers
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
-from interfuse.bench.workers import sample
+from interfuse.bench.workers import between
 from interfuse.cases import rnn as cases
 from torch import Tensor, nn
 
@@ -235,16 +234,8 @@ class RnnWorkload:
                 desc, x.data_ptr(), 0, 0, 0, 0, weights, y.data_ptr(), *states, 0, threads
             )
 
-        pairs, cpu = [], 0.0
         with torch.no_grad():
-            for _ in range(5):
-                samples = sample(lambda: rnn(x), seconds / 10), sample(binding, seconds / 10)
-                pairs.append(tuple(s["median"] for s in samples))
-                cpu += sum(s["cpu"] for s in samples)
-        call, kernel, between = (
-            statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
-        )
-        return {"call": call, "kernel": kernel, "overhead": between, "cpu": cpu}
+            return between(lambda: rnn(x), binding, seconds)
 
 
 OVERHEAD_CASE = "audio-b1@tiny"

@@ -185,6 +185,18 @@ def sample(step: Callable[[], object], seconds: float) -> dict[str, Any]:
     }
 
 
+def between(call: Callable[[], object], kernel: Callable[[], object], seconds: float) -> dict[str, float]:
+    """What a call takes beside its kernel, from samples of both in turn: medians over five pairs."""
+    pairs, cpu = [], 0.0
+    for _ in range(5):
+        samples = sample(call, seconds / 10), sample(kernel, seconds / 10)
+        pairs.append(tuple(s["median"] for s in samples))
+        cpu += sum(s["cpu"] for s in samples)
+    columns = zip(*((c, k, c - k) for c, k in pairs), strict=True)
+    medians = map(statistics.median, columns)
+    return {**dict(zip(("call", "kernel", "overhead"), medians, strict=True)), "cpu": cpu}
+
+
 def _die_with_parent() -> None:
     """A stopped process does not see its stdin close, so the kernel is asked to end it with its driver."""
     if sys.platform == "linux":
