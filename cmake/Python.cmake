@@ -16,7 +16,8 @@ endif()
 
 # Not pybind11_add_module: it turns on link-time optimisation, which could move AVX-512 code into functions that every
 # processor runs.
-Python_add_library(_native MODULE WITH_SOABI csrc/bind.cpp ${core_object_files})
+file(GLOB binding_sources CONFIGURE_DEPENDS csrc/bind/*.cpp)
+Python_add_library(_native MODULE WITH_SOABI csrc/bind.cpp ${binding_sources} ${core_object_files})
 target_include_directories(_native SYSTEM PRIVATE ${pybind11_headers})
 target_link_libraries(_native PRIVATE interfuse_flags ${core_link_libraries})
 target_compile_options(_native PRIVATE ${isa_flags_baseline})
