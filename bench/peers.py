@@ -169,6 +169,13 @@ def ours_padded(workload: Any, threads: int) -> Built:
     return torch_built(workload, workload.ours_padded(module), inputs)
 
 
+def ours_int8_weights(workload: Any, threads: int) -> Built:
+    module, inputs = prepared(workload, channels_last=False)
+    return dataclasses.replace(
+        torch_built(workload, workload.ours_int8_weights(module.eval()), inputs), train=None
+    )
+
+
 def onnxruntime(workload: Workload, threads: int) -> Built:
     import onnxruntime as ort
 
@@ -230,6 +237,8 @@ PROVIDERS: dict[str, Provider] = {
         Provider("interfuse_half_weights", "interfuse", ours_half_weights, ours=True, trains=False,
                  dtypes=_F32, weights=torch.bfloat16),
         Provider("interfuse_padded", "interfuse", ours_padded, ours=True),
+        Provider("interfuse_int8_weights", "interfuse", ours_int8_weights, ours=True, trains=False,
+                 dtypes=_F32, weights=torch.int8),
         Provider("eager", "torch", eager),
         Provider("channels_last", "torch", eager_channels_last, layout="channels_last"),
         Provider("compile", "torch", compiled),
@@ -270,7 +279,7 @@ def truth(workload: Workload, train: bool) -> dict[str, Any]:
 
 
 # Far above rounding and far below any wrong index: nothing is timed whose answer is wrong.
-WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}
 
 
 class Session:

@@ -44,5 +44,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("machine_peak", &machine_peak, py::arg("threads"),
         "Float32 operations and bytes read a second that this machine reaches at best, measured in about 0.3 s.");
   interfuse::bind::conv_pool(m);
+  interfuse::bind::linear(m);
   interfuse::bind::rnn(m);
 }

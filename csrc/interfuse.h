@@ -27,7 +27,11 @@ typedef enum interfuse_status {
   INTERFUSE_INTERNAL = 3
 } interfuse_status;
 
-typedef enum interfuse_dtype { INTERFUSE_FLOAT32 = 0, INTERFUSE_BFLOAT16 = 1 } interfuse_dtype;
+typedef enum interfuse_dtype {
+  INTERFUSE_FLOAT32 = 0,
+  INTERFUSE_BFLOAT16 = 1,
+  INTERFUSE_INT8 = 2 /* of linear's weight alone */
+} interfuse_dtype;
 
 typedef enum interfuse_activation {
   INTERFUSE_NONE = 0,
@@ -37,7 +41,8 @@ typedef enum interfuse_activation {
   INTERFUSE_GELU_TANH = 4,
   INTERFUSE_SILU = 5,
   INTERFUSE_TANH = 6,
-  INTERFUSE_SIGMOID = 7
+  INTERFUSE_SIGMOID = 7,
+  INTERFUSE_SOFTMAX = 8 /* over a row; of linear alone */
 } interfuse_activation;
 
 typedef enum interfuse_pool { INTERFUSE_POOL_NONE = 0, INTERFUSE_POOL_MAX = 1, INTERFUSE_POOL_AVG = 2 } interfuse_pool;
@@ -159,6 +164,54 @@ INTERFUSE_API interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan,
                                                       const float* grad_y, const float* grad_hn, const float* grad_cn,
                                                       float* grad_x, float* grad_h0, float* grad_c0,
                                                       const interfuse_rnn_weights* grad_weights, int32_t threads);
+
+/* ---- linear: activation(sum over i of x_i W_i^T + bias), the inputs never concatenated ----------------------- */
+
+typedef struct interfuse_linear_spec {
+  int32_t dtype;        /* interfuse_dtype of every tensor but the weight: float32 or bfloat16 */
+  int32_t weight_dtype; /* as dtype; with save = 0 also another, or int8 */
+  int64_t rows, out_features;
+  int32_t inputs;             /* how many */
+  const int64_t* widths;      /* of each input */
+  const int64_t* row_strides; /* of each input, in elements; along a row the stride is 1 */
+  int32_t activation;         /* interfuse_activation */
+  float negative_slope;       /* of leaky_relu */
+  int32_t save;               /* 1: forward also writes what backward needs */
+} interfuse_linear_spec;
+
+typedef struct interfuse_linear interfuse_linear;
+
+/* weight is (out_features, sum of widths) and dense, as torch keeps it. scale, for int8 alone, has one float for each
+ * output: the weight is scale times the integers. bias has one element for each output, or is NULL. */
+typedef struct interfuse_linear_weights {
+  const void* weight;
+  const float* scale;
+  const void* bias;
+} interfuse_linear_weights;
+
+INTERFUSE_API void interfuse_linear_defaults(interfuse_linear_spec* spec);
+INTERFUSE_API interfuse_status interfuse_linear_create(const interfuse_linear_spec* spec, interfuse_linear** plan);
+INTERFUSE_API void interfuse_linear_destroy(interfuse_linear* plan);
+/* Elements that forward writes to pre; 0 where the plan needs none. */
+INTERFUSE_API int64_t interfuse_linear_saved(const interfuse_linear* plan);
+
+/* y and pre (or NULL where interfuse_linear_saved says 0) are (rows, out_features) and dense. */
+INTERFUSE_API interfuse_status interfuse_linear_forward(const interfuse_linear* plan, const void* const* inputs,
+                                                        const interfuse_linear_weights* weights, void* y, void* pre,
+                                                        int32_t threads);
+
+/* Layers one after the other: each takes what the one before gave, as its only input and dense. The values between stay
+ * in the core. */
+INTERFUSE_API interfuse_status interfuse_linear_chain(const interfuse_linear* const* plans,
+                                                      const interfuse_linear_weights* weights, int32_t layers,
+                                                      const void* const* inputs, void* y, int32_t threads);
+
+/* The gradients asked for (NULL: not wanted), dense, from what a forward with save = 1 left. y is read where the gradient
+ * of the activation follows from its value (relu, leaky_relu, tanh, sigmoid, softmax) and may be NULL elsewhere. */
+INTERFUSE_API interfuse_status interfuse_linear_backward(const interfuse_linear* plan, const void* grad_y,
+                                                         const void* const* inputs, const void* weight, const void* y,
+                                                         const void* pre, void* const* grad_inputs, void* grad_weight,
+                                                         void* grad_bias, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import interfuse
+from interfuse.activations import ACTIVATIONS
 from interfuse.ops import conv_pool
-from interfuse.ops._conv_pool_problem import ACTIVATIONS, pooled_size
+from interfuse.ops._conv_pool_problem import pooled_size
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -365,7 +365,7 @@ def test_errors_and_no_ops() -> None:
         interfuse.optimize(3)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="tuple or list of positional arguments"):
         interfuse.optimize(nn.ReLU(), 3)  # type: ignore[arg-type]
-    model = nn.Linear(2, 2)
+    model = nn.LayerNorm(2)
     before = dict(model.__dict__)
     assert interfuse.restore(model) is model
     assert interfuse.optimize(model) is model

@@ -234,7 +234,7 @@ def test_restore_and_copies(clock: Times) -> None:
 def test_the_printed_table(clock: Times) -> None:
     model, inputs = ZOO["functional"].build()
     text = str(interfuse.explain(interfuse.optimize(model, inputs)))
-    assert text.startswith("Functional: 3 of 3 sites fused")
+    assert text.startswith("Functional: 4 of 4 sites fused")
     words = " ".join(text.split())
     for part in ("conv1", "Conv2d -> relu -> MaxPool2d", "native", "inference 2e+03 -> 1e+03 ms"):
         assert part in words

@@ -144,5 +144,52 @@ def rnn_backward(
     grad_weights: Sequence[int],
     threads: int,
 ) -> None: ...
+class LinearDesc:
+    # A checked linear problem. weight_dtype: as dtype, or "bfloat16" or "int8" beside float32 (inference);
+    # row_strides are those of the inputs, in elements.
+    def __init__(
+        self,
+        dtype: str,
+        weight_dtype: str,
+        rows: int,
+        out_features: int,
+        widths: Sequence[int],
+        row_strides: Sequence[int],
+        activation: str,
+        negative_slope: float,
+        save: bool,
+    ) -> None: ...
+
+def linear_forward(
+    desc: LinearDesc,
+    inputs: Sequence[int],
+    weight: int,
+    scale: int,
+    bias: int,
+    y: int,
+    pre: int,
+    threads: int,
+) -> None: ...
+
+# Layer after layer; weights are (weight, scale, bias) of each, 0 for none.
+def linear_chain(
+    descs: Sequence[LinearDesc],
+    inputs: Sequence[int],
+    weights: Sequence[tuple[int, int, int]],
+    y: int,
+    threads: int,
+) -> None: ...
+def linear_backward(
+    desc: LinearDesc,
+    grad_y: int,
+    inputs: Sequence[int],
+    weight: int,
+    y: int,
+    pre: int,
+    grad_inputs: Sequence[int],
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...

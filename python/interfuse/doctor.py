@@ -60,8 +60,11 @@ def native() -> dict[str, Any]:
 def backends() -> dict[str, list[dict[str, str | None]]]:
     """For each op and device every implementation of its table, with None or why it cannot run here."""
     from interfuse.ops import _conv_pool_checks as conv_pool_checks
+    from interfuse.ops import _linear_checks as linear_checks
     from interfuse.ops import _rnn_checks as rnn_checks
+    from interfuse.ops._linear_problem import LinearParams
     from interfuse.ops.conv_pool import IMPLEMENTATIONS as conv_pool  # noqa: N811
+    from interfuse.ops.linear import IMPLEMENTATIONS as linear  # noqa: N811
     from interfuse.ops.rnn import IMPLEMENTATIONS as rnn  # noqa: N811
 
     options = conv_pool_checks.Options(
@@ -73,6 +76,10 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
     lstm = rnn_checks.RnnParams("lstm")
     plain: dict[str, tuple[Sequence[Implementation], Any]] = {
         "conv_pool": (conv_pool, conv_pool_checks.check(image, kernels, None, parameters, save=False)),
+        "linear": (
+            linear,
+            linear_checks.check([sequence], weights[0], None, None, LinearParams(), save=False),
+        ),
         "rnn": (rnn, rnn_checks.check(sequence, None, None, None, None, weights, lstm, save=False)),
     }
     rows: dict[str, list[dict[str, str | None]]] = {}

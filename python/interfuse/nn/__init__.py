@@ -1,6 +1,7 @@
 """Modules with torch.nn's signatures and state_dict."""
 
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
+from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
 from interfuse.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from interfuse.nn.rnn_embedding import EmbeddingGRU, EmbeddingLSTM, EmbeddingRNN
 
@@ -8,12 +9,15 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CompactLinear",
     "ConvPool1d",
     "ConvPool2d",
     "ConvPool3d",
+    "DenseChain",
     "EmbeddingGRU",
     "EmbeddingLSTM",
     "EmbeddingRNN",
+    "FusionLinear",
     "GRUCell",
     "LSTMCell",
     "RNNCell",

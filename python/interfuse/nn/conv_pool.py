@@ -8,36 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from interfuse.activations import ACTIVATIONS, activation_arguments
 from interfuse.ops import _conv_pool_eager as eager
 from interfuse.ops._conv_pool_checks import IntOrInts, Options, as_ints, fail
-from interfuse.ops._conv_pool_problem import ACTIVATIONS, POOLS
+from interfuse.ops._conv_pool_problem import POOLS
 from interfuse.ops.conv_pool import run_op
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_MODULE_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 _AVG_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
-
-
-def activation_arguments(activation: str | nn.Module | None) -> dict[str, Any]:
-    """conv_pool's activation arguments for a torch module or a name; ValueError says why there are none."""
-    if activation is None or type(activation) is nn.Identity:
-        return {"activation": None}
-    if isinstance(activation, str):
-        return {"activation": activation}
-    kind = type(activation)
-    if kind in _MODULE_ACTIVATIONS:
-        return {"activation": _MODULE_ACTIVATIONS[kind]}
-    if isinstance(activation, nn.LeakyReLU) and kind is nn.LeakyReLU:
-        return {"activation": "leaky_relu", "negative_slope": activation.negative_slope}
-    if isinstance(activation, nn.GELU) and kind is nn.GELU:
-        return {"activation": "gelu_tanh" if activation.approximate == "tanh" else "gelu"}
-    raise fail(
-        "the activation must be ReLU, LeakyReLU, GELU, SiLU, Tanh, Sigmoid or Identity of torch.nn, a name "
-        f"among {', '.join(ACTIVATIONS)}, or None; got {kind.__module__}.{kind.__qualname__}."
-    )
 
 
 def pool_arguments(pool: str | nn.Module | None, spatial: int) -> dict[str, Any]:
@@ -168,7 +149,8 @@ class _ConvPoolNd(nn.Module):
         module = cls(
             at.in_channels, at.out_channels, at.kernel_size, at.stride, at.padding, at.dilation, at.groups,
             at.bias is not None, at.padding_mode, "meta", at.weight.dtype,
-            **activation_arguments(activation), **pool_arguments(pool, cls._spatial))  # fmt: skip
+            **activation_arguments(activation, ACTIVATIONS, fail),
+            **pool_arguments(pool, cls._spatial))  # fmt: skip
         module.weight, module.bias = at.weight, at.bias
         return module.train(conv.training)
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from interfuse.activations import ACTIVATIONS
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops._conv_pool_problem import (
-    ACTIVATIONS,
     PARAM_NAMES,
     POOLS,
     PRECISIONS,

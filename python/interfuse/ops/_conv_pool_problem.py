@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from interfuse.activations import NEEDS_PREACTIVATION
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 POOLS = ("none", "max", "avg")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 PRECISIONS = ("default", "highest")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-# Their derivative needs the value before the activation; the others' follows from the value after it.
-NEEDS_PREACTIVATION = ("gelu", "gelu_tanh", "silu")
 
 # The winner's position is one byte, and 255 means 'no gradient'.
 LARGEST_INDEXED_WINDOW = 255

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interfuse.ops._rnn_checks import PARAM_COUNT, Inputs, RnnParams, check
+from interfuse.ops._vmap import is_mapped, sample, stacked
 from interfuse.reference import rnn as reference
 from interfuse.torch_state import (
     SingleLevelFunction,
@@ -229,18 +230,6 @@ def register_autograd(library: torch.library.Library, op: Any, backward_op: Any,
 # sample is a call: its weights are its own.
 
 
-def _sample(value: Any, dim: Any, i: int) -> Any:
-    """The i-th sample of a tensor, or of each tensor of a list."""
-    if isinstance(value, (list, tuple)):
-        return [_sample(t, d, i) for t, d in zip(value, dim, strict=True)]
-    return value if dim is None else value.select(dim, i)
-
-
-def _stacked(samples: Sequence[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    results = tuple(torch.stack(list(ts)) for ts in zip(*samples, strict=True))
-    return results, (0,) * len(results)
-
-
 def _into_batch(t: Tensor | None, dim: int | None, count: int, axis: int) -> Tensor | None:
     """The mapped dimension, made one with the batch, which is the axis-th of a single sample."""
     if t is None:
@@ -255,8 +244,8 @@ def _into_batch(t: Tensor | None, dim: int | None, count: int, axis: int) -> Ten
 
 def _vmap_forward(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     count, inputs, rest = info.batch_size, Inputs(*args[:6]), args[6:]
-    if in_dims[1] is not None or any(d is not None for d in in_dims[5]):
-        return _stacked([op(*_sample(args[:6], in_dims[:6], i), *rest) for i in range(count)])
+    if is_mapped(in_dims[1]) or is_mapped(in_dims[5]):
+        return stacked([op(*sample(args[:6], in_dims[:6], i), *rest) for i in range(count)])
     axis = 0 if _params(rest).batch_first else 1
     y, hn, cn, reserve = op(
         _into_batch(inputs.x, in_dims[0], count, axis),
@@ -279,17 +268,15 @@ def _vmap_backward(
 ) -> tuple[Any, Any]:
     """Sample by sample. Where the forward ran for all samples at once it runs again for each."""
     rest, reserve_dim = args[11:], in_dims[10]
-    again = reserve_dim is None and any(
-        d is not None for dims in in_dims[3:9] for d in (dims if isinstance(dims, (list, tuple)) else (dims,))
-    )
+    again = reserve_dim is None and is_mapped(in_dims[3:9])
     samples = []
     for i in range(info.batch_size):
-        grads, inputs = _sample(args[:3], in_dims[:3], i), _sample(args[3:9], in_dims[3:9], i)
-        y, reserve = _sample(args[9:11], in_dims[9:11], i)
+        grads, inputs = sample(args[:3], in_dims[:3], i), sample(args[3:9], in_dims[3:9], i)
+        y, reserve = sample(args[9:11], in_dims[9:11], i)
         if again:
             reserve = forward_op(*inputs, *rest[:PARAM_COUNT], True)[3]
         samples.append(op(*grads, *inputs, y, reserve, *rest))
-    results, dims = _stacked(samples)
+    results, dims = stacked(samples)
     return list(results), list(dims)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interfuse.activations import activate, activate_backward
 from interfuse.autocast import without_autocast
 from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
 
@@ -40,46 +41,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, p: ConvPoolParams)
 
 
 def _activate(t: Tensor, p: ConvPoolParams) -> Tensor:
-    match p.activation:
-        case "none":
-            return t
-        case "relu":
-            return torch.relu(t)
-        case "leaky_relu":
-            return F.leaky_relu(t, p.negative_slope)
-        case "gelu":
-            return F.gelu(t)
-        case "gelu_tanh":
-            return F.gelu(t, approximate="tanh")
-        case "silu":
-            return F.silu(t)
-        case "tanh":
-            return torch.tanh(t)
-        case "sigmoid":
-            return torch.sigmoid(t)
-    raise ValueError(f"conv_pool: unknown activation {p.activation!r}.")
-
-
-def _activate_backward(grad: Tensor, pre: Tensor, value: Tensor, p: ConvPoolParams) -> Tensor:
-    match p.activation:
-        case "none":
-            return grad
-        case "relu":
-            return aten.threshold_backward(grad, value, 0)
-        case "leaky_relu":
-            return aten.leaky_relu_backward(grad, pre, p.negative_slope, False)
-        case "gelu":
-            return aten.gelu_backward(grad, pre)
-        case "gelu_tanh":
-            return aten.gelu_backward(grad, pre, approximate="tanh")
-        case "silu":
-            gate = torch.sigmoid(pre)  # written out: aten.silu_backward has no derivative
-            return grad * gate * (1 + pre * (1 - gate))
-        case "tanh":
-            return aten.tanh_backward(grad, value)
-        case "sigmoid":
-            return aten.sigmoid_backward(grad, value)
-    raise ValueError(f"conv_pool: unknown activation {p.activation!r}.")
+    return activate(t, p.activation, p.negative_slope)
 
 
 def _max_pool(t: Tensor, p: ConvPoolParams) -> tuple[Tensor, Tensor]:
@@ -137,7 +99,7 @@ def backward(
     """The gradients of x, weight and bias where the mask asks for them, computed from the inputs anew."""
     pre = _convolve(x, weight, bias, p)
     value = _activate(pre, p)
-    grad = _activate_backward(_pool_backward(grad_y, value, p), pre, value, p)
+    grad = activate_backward(_pool_backward(grad_y, value, p), pre, value, p.activation, p.negative_slope)
     padded, padding = _pad(x, p)
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
         grad,

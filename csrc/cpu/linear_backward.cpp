@@ -1,0 +1,225 @@
+// linear's backward: the gradient before the activation, and two products that read weight and inputs as they are.
+//
+//   grad_x_i = grad W_i,  grad_W_i = grad^T x_i
+//
+// Both run along the weight's columns, and each thread takes some of these for both; with few columns, some of the rows.
+#include "cpu/linear_product.h"
+#include "common/scratch.h"
+#include "common/transpose.h"
+#include "cpu/linear.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+namespace {
+
+constexpr int64_t kPanel = 4 * kLanes;
+// A block of b, packed: 128 KiB, which stay in the second-level cache while the rows of a pass, and of which a panel
+// (32 KiB) stays in the first.
+constexpr int64_t kColumnsAtOnce = 256, kDepthAtOnce = 128;
+constexpr int64_t kRowsAtOnce = 192;
+// Fewer rows than this read b too seldom to pay for packing it. Plain rows of b that are a power of two apart fall into
+// a few sets of the first-level cache and drive each other out.
+constexpr int64_t kRowsWorthAPack = 24;
+
+// c (rows, columns) = or += a b; a(r, k) at a[r * a_row + k * a_step], b and c rows of plain matrices.
+void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
+                   const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  const int64_t whole = columns / kLanes;
+  const int left = static_cast<int>(columns % kLanes);
+  float* const pack = scratch_floats(Slot::pack, depth * (kColumnsAtOnce + kLanes) + rows * kLanes);
+  if (rows < kRowsWorthAPack && b_row) {  // (0: one row that is repeated, which wide_product takes for a pack)
+    wide_product(rows, depth, a, a_row, a_step, b, b_row, 1, whole, c, c_row, add);
+  } else {
+    for (int64_t v = 0; v < whole; v += 4) {
+      const int64_t vectors = whole - v < 4 ? whole - v : 4;
+      float* to = pack + v * kLanes * depth;
+      for (int64_t k = 0; k < depth; ++k, to += vectors * kLanes)
+        for (int64_t i = 0; i < vectors; ++i) store(to + i * kLanes, load(b + k * b_row + (v + i) * kLanes));
+    }
+    wide_product(rows, depth, a, a_row, a_step, pack, 0, depth, whole, c, c_row, add);
+  }
+  if (!left) return;
+  // The last columns, less than a vector: through copies, since nothing beyond the tensors may be touched.
+  float* const tail = pack + depth * kColumnsAtOnce;
+  float* const sums = tail + depth * kLanes;
+  b += whole * kLanes, c += whole * kLanes;
+  for (int64_t k = 0; k < depth; ++k) store(tail + k * kLanes, load_first(b + k * b_row, left));
+  // As for whole vectors, a sum goes on from what c holds: where a column is cut must not change how it is rounded.
+  if (add)
+    for (int64_t r = 0; r < rows; ++r) store(sums + r * kLanes, load_first(c + r * c_row, left));
+  wide_product(rows, depth, a, a_row, a_step, tail, 0, depth, 1, sums, kLanes, add);
+  for (int64_t r = 0; r < rows; ++r) store_first(c + r * c_row, load(sums + r * kLanes), left);
+}
+
+void product(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step, const float* b,
+             int64_t b_row, float* c, int64_t c_row) {
+  for (int64_t column = 0; column < columns; column += kColumnsAtOnce) {
+    const int64_t wide = columns - column < kColumnsAtOnce ? columns - column : kColumnsAtOnce;
+    for (int64_t k = 0; k < depth; k += kDepthAtOnce) {
+      const int64_t deep = depth - k < kDepthAtOnce ? depth - k : kDepthAtOnce;
+      for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+        const int64_t high = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
+        block_product(high, deep, wide, a + r * a_row + k * a_step, a_row, a_step, b + k * b_row + column, b_row,
+                      c + r * c_row + column, c_row, k > 0);
+      }
+    }
+  }
+}
+
+struct Floats {
+  const float* grad;      // (rows, outputs), before the activation
+  const float* turned;    // its transpose
+  const float* weight;
+  const float* const* inputs;
+  const int64_t* input_rows;  // their row strides
+  float* const* grad_inputs;  // dense, or null
+  float* grad_weight;
+  float* grad_bias;
+};
+
+// Columns begin to end of the weight, cut where an input ends: body(input, offset in it, column, count).
+template <class Body>
+INTERFUSE_INLINE void each_input(const Linear& p, int64_t begin, int64_t end, Body&& body) {
+  for (int64_t i = 0; i < p.input_count; ++i) {
+    const LinearInput& in = p.inputs[i];
+    const int64_t from = begin > in.column ? begin : in.column;
+    const int64_t to = end < in.column + in.width ? end : in.column + in.width;
+    if (from < to) body(i, from - in.column, from, to - from);
+  }
+}
+
+void gradients(const Linear& p, const Floats& t, int thread, int team) {
+  const int64_t units = (p.depth + kPanel - 1) / kPanel;
+  const bool by_columns = units >= 4 * team;
+  Range columns{0, p.depth}, rows{0, p.rows}, outputs{0, p.outputs};
+  if (by_columns) {
+    const Range mine = share(units, thread, team);
+    columns.begin = mine.begin * kPanel;
+    columns.end = mine.end * kPanel < p.depth ? mine.end * kPanel : p.depth;
+  } else {
+    rows = share(p.rows, thread, team), outputs = share(p.outputs, thread, team);
+  }
+  each_input(p, columns.begin, columns.end, [&](int64_t i, int64_t offset, int64_t column, int64_t count) {
+    if (float* const to = t.grad_inputs[i]) {
+      const int64_t width = p.inputs[i].width;
+      product(rows.end - rows.begin, p.outputs, count, t.grad + rows.begin * p.outputs, p.outputs, 1, t.weight + column,
+                      p.depth, to + rows.begin * width + offset, width);
+    }
+    if (t.grad_weight)
+      product(outputs.end - outputs.begin, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1,
+                      t.inputs[i] + offset, t.input_rows[i], t.grad_weight + outputs.begin * p.depth + column, p.depth);
+  });
+  if (!t.grad_bias) return;
+  const Range mine = share(p.outputs, thread, team);
+  const int64_t count = mine.end - mine.begin;
+  float* const bias = t.grad_bias + mine.begin;
+  for (int64_t n = 0; n < count; ++n) bias[n] = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const float* grad = t.grad + r * p.outputs + mine.begin;
+    along_row(count, [&](auto&& read, auto&& write) __attribute__((always_inline)) { write(bias, read(bias) + read(grad)); });
+  }
+}
+
+// to (columns, rows) = from (rows, columns) transposed, for rows begin to end of from.
+void turn(const float* from, float* to, int64_t rows, int64_t columns, Range mine) {
+  int64_t r = mine.begin;
+  for (; r + kLanes <= mine.end; r += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(from + (r + i) * columns + c);
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * rows + r, block[i]);
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < kLanes; ++i) to[c * rows + r + i] = from[(r + i) * columns + c];
+  }
+  for (; r < mine.end; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+}
+
+template <class T>
+INTERFUSE_INLINE const float* as_floats(const T* from, int64_t from_row, float*& room, int64_t rows, int64_t width, int threads) {
+  float* const to = room;
+  convert_rows(from, from_row, to, rows, width, threads);
+  room += rows * width;
+  return to;
+}
+
+
+void no_rows(const Linear& p, const LinearBackward& call) {
+  const size_t size = p.dtype == INTERFUSE_BFLOAT16 ? 2 : 4;
+  if (call.grad_weight) memset(call.grad_weight, 0, static_cast<size_t>(p.outputs * p.depth) * size);
+  if (call.grad_bias) memset(call.grad_bias, 0, static_cast<size_t>(p.outputs) * size);
+}
+
+}  // namespace
+
+void linear_backward(const Linear& p, const LinearBackward& call) {
+  if (p.rows == 0) return no_rows(p, call);
+  const bool half = p.dtype == INTERFUSE_BFLOAT16;
+  const bool active = p.activation != INTERFUSE_NONE;
+  const void* const saved = p.needs_preactivation() ? call.pre : call.y;
+  const int64_t count = p.count(), weights = p.outputs * p.depth;
+  bool any_input = false;
+  for (int64_t i = 0; i < p.input_count; ++i) any_input = any_input || call.grad_inputs[i];
+
+  // Room for grad and its transpose; for bfloat16, for all tensors as floats.
+  int64_t floats = 2 * count;
+  if (half) floats += 2 * count + 2 * p.rows * p.depth + 2 * weights + p.outputs;
+  float* room = scratch_floats(Slot::gradient, floats);
+  float* const grad = room;
+  float* const turned = grad + count;
+  room = turned + count;
+  const size_t each = static_cast<size_t>(p.input_count) * 8;
+  char* const lists = static_cast<char*>(scratch(Slot::other, 3 * each));
+  const float** const inputs = reinterpret_cast<const float**>(lists);
+  float** const grad_inputs = reinterpret_cast<float**>(lists + each);
+  int64_t* const input_rows = reinterpret_cast<int64_t*>(lists + 2 * each);
+
+  Floats t{grad, turned, static_cast<const float*>(call.weight), inputs, input_rows, grad_inputs,
+           static_cast<float*>(call.grad_weight), static_cast<float*>(call.grad_bias)};
+  const float *grad_y = static_cast<const float*>(call.grad_y), *from = static_cast<const float*>(saved);
+  for (int64_t i = 0; i < p.input_count; ++i) {
+    inputs[i] = static_cast<const float*>(call.inputs[i]);
+    input_rows[i] = p.inputs[i].row_stride;
+    grad_inputs[i] = static_cast<float*>(call.grad_inputs[i]);
+  }
+  if (half) {
+    grad_y = as_floats(static_cast<const uint16_t*>(call.grad_y), p.outputs, room, p.rows, p.outputs, call.threads);
+    if (active) from = as_floats(static_cast<const uint16_t*>(saved), p.outputs, room, p.rows, p.outputs, call.threads);
+    if (any_input) t.weight = as_floats(static_cast<const uint16_t*>(call.weight), p.depth, room, p.outputs, p.depth, call.threads);
+    for (int64_t i = 0; i < p.input_count; ++i) {
+      const LinearInput& in = p.inputs[i];
+      if (call.grad_weight)
+        inputs[i] = as_floats(static_cast<const uint16_t*>(call.inputs[i]), in.row_stride, room, p.rows, in.width, call.threads);
+      input_rows[i] = in.width;
+      if (grad_inputs[i]) grad_inputs[i] = room, room += p.rows * in.width;
+    }
+    if (t.grad_weight) t.grad_weight = room, room += weights;
+    if (t.grad_bias) t.grad_bias = room, room += p.outputs;
+  }
+
+  const Activation f{p.activation, p.slope};
+  const int threads = worth_threads(2 * count * p.depth, call.threads);
+  parallel(threads, [&](int thread, int team) {
+    // Shares of whole vectors, so that transposed blocks are not cut.
+    const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);
+    const Range rows{blocks.begin * kLanes, blocks.end * kLanes < p.rows ? blocks.end * kLanes : p.rows};
+    for (int64_t r = rows.begin; r < rows.end; ++r)
+      grad_row(f, grad_y + r * p.outputs, active ? from + r * p.outputs : nullptr, grad + r * p.outputs, p.outputs);
+    if (t.grad_weight) turn(grad, turned, p.rows, p.outputs, rows);
+  });
+  parallel(threads, [&](int thread, int team) { gradients(p, t, thread, team); });
+
+  if (!half) return;
+  for (int64_t i = 0; i < p.input_count; ++i)
+    if (grad_inputs[i])
+      convert_rows(grad_inputs[i], p.inputs[i].width, static_cast<uint16_t*>(call.grad_inputs[i]), p.rows, p.inputs[i].width,
+                   call.threads);
+  if (call.grad_weight) convert_rows(t.grad_weight, p.depth, static_cast<uint16_t*>(call.grad_weight), p.outputs, p.depth, call.threads);
+  if (call.grad_bias) convert_row(t.grad_bias, static_cast<uint16_t*>(call.grad_bias), p.outputs);
+}
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse

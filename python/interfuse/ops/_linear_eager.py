@@ -1,0 +1,235 @@
+"""The short way from an eager call to the native kernels: one cache lookup, no dispatcher.
+
+It is taken only where nothing could tell the difference: plain CPU tensors and no transform, mode, tracer,
+autocast or profiler active. Every other call goes the long way through the registered op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from interfuse._native import LinearDesc, linear_chain, linear_forward
+from interfuse.bounded_cache import BoundedCache
+from interfuse.ops import _linear_native as native
+from interfuse.ops._linear_checks import Options, as_list, check, check_types, resolve
+from interfuse.ops._linear_problem import LinearProblem, empty_outputs
+from interfuse.ops._linear_transforms import Forward, Tensors, call_backward
+from interfuse.torch_state import apply, is_plain_eager
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interfuse.ops._linear_checks import Inputs
+    from interfuse.ops._linear_problem import Two
+
+# weight, bias, scale, and Options' values.
+Layer = tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]]
+
+_grad_enabled = torch.is_grad_enabled
+_threads = torch.get_num_threads
+
+
+def is_plain(t: Any) -> bool:
+    """Whether t is a tensor that the core may read by pointer: of no subclass, on the CPU, as it is."""
+    kind = type(t)
+    return (kind is Tensor or kind is Parameter) and t.is_cpu and not t.is_neg()
+
+
+class Direct:
+    """The native kernels of one training problem, called without the dispatcher."""
+
+    def __init__(self, problem: LinearProblem) -> None:
+        self.problem, self.params = problem, problem.params
+        y, pre = empty_outputs(replace(problem, device=torch.device("meta")))
+        inputs = [(*problem.lead, width) for width in problem.widths]
+        # Of grad_y, y, pre, weight and the inputs.
+        self._shapes = (y.shape, y.shape, pre.shape, (problem.out_features, problem.depth), *inputs)
+
+    def forward(self, tensors: Tensors) -> Two:
+        return native.run(self.problem, *tensors)
+
+    def backward(
+        self, grad_y: Tensor, tensors: Tensors, y: Tensor | None, pre: Tensor, mask: list[bool]
+    ) -> list[Tensor]:
+        """Saved tensors may come back through the user's hooks as anything, and grad_y from any graph."""
+        read = (grad_y, y, pre, tensors.weight, *tensors.inputs)
+        if _grad_enabled() or not is_plain_eager() or not self._as_saved(read):
+            return call_backward(self.params, grad_y, tensors, y, pre, mask)
+        return native.run_backward(self.problem, grad_y, *tensors, y, pre, mask)
+
+    def _as_saved(self, tensors: Sequence[Tensor | None]) -> bool:
+        dtype = self.problem.dtype
+        return all(
+            t is None or (is_plain(t) and t.shape == shape and t.dtype is dtype and t.layout is torch.strided)
+            for t, shape in zip(tensors, self._shapes, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left to do for one combination of shapes, strides, dtypes and arguments."""
+
+    desc: LinearDesc
+    size: tuple[int, ...]
+    direct: Direct | None
+
+
+# False: this combination takes the long way.
+_plans: BoundedCache[Plan | Literal[False]] = BoundedCache(1024)
+
+
+def run(
+    inputs: Inputs, weight: Tensor, bias: Tensor | None, scale: Tensor | None, arguments: tuple[Any, ...]
+) -> Tensor | None:
+    """The output, or None where the call must go the long way. `arguments` are Options' values in order."""
+    if not is_plain_eager():
+        return None
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    key = _key(tensors, weight, bias, scale, arguments)
+    if key is None:
+        return None
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # a list among the arguments
+        return None
+    if plan is None:
+        plan = _plans.put(key, _plan(tensors, weight, bias, scale, Options(*arguments)))
+    if plan is False:
+        return None
+    if _grad_enabled() and _wants_grad(tensors, weight, bias):
+        return (
+            None
+            if plan.direct is None
+            else apply(Forward, plan.direct, False, weight, bias, scale, *tensors)[0]
+        )
+    y = tensors[0].new_empty(plan.size)
+    linear_forward(
+        plan.desc,
+        [x.data_ptr() for x in tensors],
+        weight.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        0,
+        _threads(),
+    )
+    return y
+
+
+def _wants_grad(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return True
+    return any(x.requires_grad for x in inputs)
+
+
+def _key(
+    inputs: Any, weight: Any, bias: Any, scale: Any, arguments: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """What a plan depends on; None where a tensor is none that the core may read by pointer.
+
+    The tests are written out for weight and inputs, since a call for each costs a tenth of all this.
+    """
+    kind = type(weight)
+    if not ((kind is Parameter or kind is Tensor) and weight.is_cpu and not weight.is_neg()):
+        return None
+    if not (bias is None or is_plain(bias)) or not (scale is None or is_plain(scale)):
+        return None
+    try:
+        keys = []
+        for x in inputs:
+            kind = type(x)
+            if not ((kind is Tensor or kind is Parameter) and x.is_cpu and not x.is_neg()):
+                return None
+            keys.append((x.shape, x.stride(), x.dtype))
+        return (
+            *keys,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+            None if scale is None else (scale.shape, scale.stride(), scale.dtype),
+            arguments,
+        )
+    except (RuntimeError, TypeError):  # a layout without strides, inputs that are no list
+        return None
+
+
+def _plan(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: Tensor | None, options: Options
+) -> Plan | Literal[False]:
+    """The plan, or False where another implementation runs or something is to be converted first."""
+    tensors = as_list(inputs)
+    check_types(weight, bias, scale)
+    problem = check(tensors, weight, bias, scale, resolve(options), save=False)
+    if options.backend not in (None, "native") or native.why_not(problem) is not None:
+        return False
+    strides = [native.row_stride(x) for x in tensors]
+    if not all(t is None or t.is_contiguous() for t in (weight, bias, scale)):
+        return False
+    known = [stride for stride in strides if stride is not None]
+    if len(known) < len(strides):
+        return False
+    training = replace(problem, save=True)
+    return Plan(
+        desc=native.make_desc(problem, known),
+        size=(*problem.lead, problem.out_features),
+        direct=Direct(training) if native.why_not(training) is None else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    descs: list[LinearDesc]
+    size: tuple[int, ...]
+
+
+_chains: BoundedCache[ChainPlan | Literal[False]] = BoundedCache(256)
+
+
+def run_chain(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> Tensor | None:
+    """What the last layer gives, by one call of the core; None where the layers must be called one by one."""
+    if not layers or not is_plain_eager():
+        return None
+    grad = _grad_enabled()
+    keys, pointers = [], []
+    taken: tuple[Tensor, ...] = inputs
+    for weight, bias, scale, arguments in layers:
+        key = _key(taken, weight, bias, scale, arguments)
+        if key is None or (grad and _wants_grad(taken, weight, bias)):
+            return None
+        keys.append(key)
+        pointers.append(
+            (
+                weight.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+            )
+        )
+        taken = ()
+    whole = tuple(keys)
+    plan = _chains.get(whole)
+    if plan is None:
+        plan = _chains.put(whole, _chain_plan(inputs, layers))
+    if plan is False:
+        return None
+    y = inputs[0].new_empty(plan.size)
+    linear_chain(plan.descs, [x.data_ptr() for x in inputs], pointers, y.data_ptr(), _threads())
+    return y
+
+
+def _chain_plan(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> ChainPlan | Literal[False]:
+    descs = []
+    size: tuple[int, ...] = ()
+    for weight, bias, scale, arguments in layers:
+        plan = _plan(inputs, weight, bias, scale, Options(*arguments))
+        if plan is False:
+            return False
+        descs.append(plan.desc)
+        size = plan.size
+        inputs = [torch.empty(size, dtype=inputs[0].dtype)]
+    return ChainPlan(descs, size)

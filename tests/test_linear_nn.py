@@ -1,0 +1,184 @@
+"""FusionLinear, CompactLinear and DenseChain: torch.nn.Linear's state, and the short way of eager calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import tolerance
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
+from interfuse.ops import _linear_eager as eager
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+ACTIVATIONS = (None, nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(),
+               nn.Tanh(), nn.Sigmoid(), nn.Softmax(-1))  # fmt: skip
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return tolerance.error(a, b) <= tolerance.FLOAT32_DEFAULT
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_from_torch_computes_what_torch_computes(activation: nn.Module | None, bias: bool) -> None:
+    linear = nn.Linear(10, 7, bias).eval()
+    fused = FusionLinear.from_torch(linear, activation, [6, 4])
+    assert fused.weight is linear.weight
+    assert fused.bias is linear.bias
+    assert not fused.training
+    x, y = torch.randn(5, 6), torch.randn(5, 4)
+    plain = linear(torch.cat([x, y], -1))
+    assert close(fused(x, y), plain if activation is None else activation(plain))
+
+
+def test_state_dicts_move_either_way() -> None:
+    torch.manual_seed(3)
+    linear = nn.Linear(10, 7)
+    torch.manual_seed(3)
+    fused = FusionLinear([6, 4], 7)
+    assert all(torch.equal(a, b) for a, b in zip(linear.parameters(), fused.parameters(), strict=True))
+    fused.reset_parameters()
+    linear.load_state_dict(fused.state_dict())
+    fused.load_state_dict(nn.Linear(10, 7).state_dict())
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles(make: Any) -> None:
+    x, y = torch.randn(2, 6), torch.randn(2, 4)
+    first = FusionLinear([6, 4], 7, activation="leaky_relu", negative_slope=0.3)
+    for module in (first, CompactLinear(first), CompactLinear(first, torch.bfloat16),
+                   DenseChain(first, FusionLinear(7, 2))):  # fmt: skip
+        assert torch.equal(make(module)(x, y), module(x, y))
+        assert repr(make(module)) == repr(module)
+
+
+def test_it_trains_like_torch() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))
+    ours = DenseChain.from_torch(copy.deepcopy(plain))
+    x, target = torch.randn(20, 12), torch.randn(20, 3)
+    for model in (plain, ours):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - target).square().mean().backward()
+            optimizer.step()
+    assert all(close(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_whatever_writes_to_the_weight_is_seen() -> None:
+    module, x = FusionLinear(600, 300), torch.randn(30, 600)
+    module(x)
+    module.weight.data.mul_(2)
+    module.weight.detach().numpy()[:, 0] = 1
+    with torch.no_grad():
+        assert close(
+            module(x), nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
+        )
+
+
+def test_parametrized_weights() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    module, x = FusionLinear(4, 3), torch.randn(2, 4)
+    weight = module.weight.detach().clone()
+    parametrize.register_parametrization(module, "weight", Doubled())
+    assert close(module(x), nn.functional.linear(x, 2 * weight, module.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_compact(dtype: torch.dtype) -> None:
+    module = FusionLinear([60, 40], 30, activation="tanh")
+    compact = CompactLinear(module, dtype)
+    assert compact.weight.dtype == dtype
+    assert not list(compact.parameters())
+    x, y = torch.randn(3, 60), torch.randn(3, 40)
+    # A rounding to 8 bits of a weight's size, averaged over a hundred terms.
+    assert tolerance.error(compact(x, y), module(x, y)) <= 2.0**-6
+    again = CompactLinear(FusionLinear([60, 40], 30, activation="tanh"), dtype)
+    again.load_state_dict(compact.state_dict())
+    assert torch.equal(again(x, y), compact(x, y))
+
+
+# ---- chains
+
+
+def siamese() -> DenseChain:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1), nn.Sigmoid()]
+    return DenseChain.from_torch(layers)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (40,), (2, 3), (0,)], ids=str)
+def test_a_chain_is_its_layers(lead: tuple[int, ...]) -> None:
+    chain, x = siamese(), torch.randn(*lead, 64)
+    with torch.no_grad():
+        y = x
+        for layer in chain:
+            y = layer(y)
+        assert torch.equal(chain(x), y)
+        assert chain(x).shape == (*lead, 1)
+
+
+def test_a_chain_without_gradients_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, x, calls = siamese(), torch.randn(4, 64), []
+    real = eager.linear_chain
+    monkeypatch.setattr(eager, "linear_chain", lambda *a: calls.append(len(a[0])) or real(*a))
+    with torch.no_grad():
+        expected = chain(x)
+    assert calls == [3]
+    # Whoever needs the values between gets them.
+    seen = []
+    handle = chain[1].register_forward_hook(lambda _m, _a, y: seen.append(y))
+    with torch.no_grad():
+        assert torch.equal(chain(x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    chain(x).sum().backward()
+    assert all(p.grad is not None for p in chain.parameters())
+    assert calls == [3]
+
+
+def test_a_chain_of_mixed_weights_and_several_inputs() -> None:
+    first, second = FusionLinear([20, 12], 16, activation="gelu"), FusionLinear(16, 5, activation="softmax")
+    chain = DenseChain(CompactLinear(first), second)
+    x, y = torch.randn(3, 20), torch.randn(3, 12)
+    with torch.no_grad():
+        assert torch.equal(chain(x, y), second(CompactLinear(first)(x, y)))
+        half = DenseChain(first, second).bfloat16()
+        assert torch.equal(half(x.bfloat16(), y.bfloat16()), second(first(x.bfloat16(), y.bfloat16())))
+
+
+# ---- the short way
+
+
+def test_the_short_way_and_the_long_way_agree() -> None:
+    module, x, y = FusionLinear([6, 4], 7, activation="gelu"), torch.randn(5, 6), torch.randn(5, 4)
+    short = module(x, y)
+    with torch.profiler.profile() as profile:
+        long = module(x, y)
+    assert any("interfuse::linear" in event.key for event in profile.key_averages())
+    assert torch.equal(short, long)
+    assert torch.equal(torch.autograd.grad(short.sum(), module.weight)[0],
+                       torch.autograd.grad(long.sum(), module.weight)[0])  # fmt: skip
+
+
+def test_what_the_short_way_must_not_take() -> None:
+    module, x = FusionLinear(4, 3), torch.randn(2, 4)
+
+    class Mine(Tensor):
+        pass
+
+    assert type(module(x.as_subclass(Mine))) is Mine
+    flipped = torch.complex(x, x).conj().imag
+    assert flipped.is_neg()
+    assert close(module(flipped), module(-x))
