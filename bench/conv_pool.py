@@ -231,6 +231,7 @@ class ConvPoolWorkload:
             spatial=self.spatial,
             dtype=str(self.dtype).removeprefix("torch."),
             channels_last=False,
+            weight_channels_last=False,
             batch=batch,
             in_channels=channels,
             out_channels=self.case.weight[0],

@@ -146,9 +146,8 @@ def ours(workload: Workload, threads: int) -> Built:
 
 
 def ours_channels_last(workload: Workload, threads: int) -> Built:
-    """Only the input is channels_last: interfuse takes weights as they are."""
-    _, inputs = prepared(workload, channels_last=True)
-    return torch_built(workload, workload.ours(workload.module()), inputs)
+    module, inputs = prepared(workload, channels_last=True)
+    return torch_built(workload, workload.ours(module), inputs)
 
 
 def ours_highest(workload: Workload, threads: int) -> Built:

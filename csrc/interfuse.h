@@ -65,6 +65,7 @@ INTERFUSE_API const char* interfuse_last_error(void);
 typedef struct interfuse_conv_pool_spec {
   int32_t dtype;         /* interfuse_dtype of every tensor but the index */
   int32_t channels_last; /* 0: x has unit stride along width; 1: along channels. The outputs follow. */
+  int32_t weight_channels_last; /* 0: the weight is dense (out, in, kernel...); 1: (out, kernel..., in) */
   int64_t batch, in_channels, out_channels, groups;
   int64_t input[3], kernel[3], stride[3], dilation[3], padding_lo[3], padding_hi[3];
   int64_t x_strides[5]; /* of (batch, channel, depth, height, width), in elements; all zero means dense */
@@ -92,7 +93,7 @@ INTERFUSE_API void interfuse_conv_pool_saved(const interfuse_conv_pool* plan, in
 INTERFUSE_API const char* interfuse_conv_pool_algorithm(const interfuse_conv_pool* plan);
 INTERFUSE_API const char* interfuse_conv_pool_why(const interfuse_conv_pool* plan);
 
-/* x as the plan's strides say; weight (out_channels, in_channels / groups, kernel...) and bias (or NULL) dense;
+/* x as the plan's strides say; weight, in the order that the spec names, and bias (or NULL) dense;
  * y, index and pre dense in x's layout. index and pre may be NULL where interfuse_conv_pool_saved says 0.
  * threads: at most so many; 0 means OpenMP's own default. */
 INTERFUSE_API interfuse_status interfuse_conv_pool_forward(const interfuse_conv_pool* plan, const void* x,

@@ -68,12 +68,16 @@ def backward(
     """(grad_x, grad_weight, grad_bias) as the registered op returns them: (0,) where the mask says no."""
     problem = check(x, weight, None, params, True)
     wanted = (mask[0], mask[1], mask[2] and has_bias)
-    grads = empty_gradients(problem, x, weight, wanted)
-    asked = [grad if yes else None for grad, yes in zip(grads, wanted, strict=True)]
+    grad_x, grad_weight, grad_bias = empty_gradients(problem, x, weight, wanted)
+    # The products write the weight's gradient filter by filter, channel by channel.
+    rows = grad_weight if grad_weight.is_contiguous() else grad_weight.new_empty(grad_weight.shape)
+    asked = [grad if yes else None for grad, yes in zip((grad_x, rows, grad_bias), wanted, strict=True)]
     with on_device_of(x):
         for launch in plan.backward_launches(problem, grad_y, x, weight, y, index, pre, asked):
             launch.run()
-    return grads
+        if rows is not grad_weight:
+            grad_weight.copy_(rows)
+    return grad_x, grad_weight, grad_bias
 
 
 def median_milliseconds(step: Callable[[], object]) -> float:

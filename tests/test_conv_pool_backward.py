@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import conv_pool_oracle as oracle
@@ -55,6 +56,28 @@ def gradients(
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = conv_pool(*leaves, **case.arguments, **more)
     return list(torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y))
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in BY_NAME.values() if len(c.weight) > 3 and c.name != "pool-256"], ids=name_of
+)
+def test_a_channels_last_weight_gives_the_same_bits(case: Case) -> None:
+    """And its gradient lies as it does: autograd would copy any other to that."""
+    x, weight, bias = oracle.tensors(case, channels_last=True)
+    params = replace(oracle.params(case), backend="native").as_args()
+    last = weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
+    y, index, pre = OP(x, weight, bias, *params, True)
+    y_last = OP(x, last, bias, *params, True)[0]
+    assert torch.equal(y, y_last)
+    mask = (True, True, bias is not None)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    grads, grads_last = (BACKWARD(grad_y, x, w, bias, y, index, pre, *params, mask) for w in (weight, last))
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_last, strict=True))
+    assert grads[1].stride() == weight.stride()
+    assert grads_last[1].stride() == last.stride()
 
 
 def assert_gradients_right(case: Case, *tensors: torch.Tensor | None, **more: Any) -> None:

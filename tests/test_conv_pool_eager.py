@@ -56,6 +56,23 @@ def test_taken_in_inference_and_training(short: list[bool]) -> None:
     assert short == [True] * 6
 
 
+def test_taken_for_channels_last_weights(short: list[bool]) -> None:
+    """What model.to(memory_format=torch.channels_last) makes is read as it lies; NumPy may write to it."""
+    x, weight, bias = oracle.tensors(CASE, channels_last=True)
+    last = weight.clone(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(2):
+            y = conv_pool(x, last, bias, **CASE.arguments)
+            assert torch.equal(y, conv_pool(x, weight, bias, **CASE.arguments))
+            weight.mul_(2)
+            last.numpy()[:] *= 2
+    last.requires_grad_()
+    conv_pool(x, last, bias, **CASE.arguments).sum().backward()
+    assert last.grad is not None
+    assert last.grad.stride() == last.stride()
+    assert short == [True] * 5
+
+
 def test_gives_what_the_op_gives() -> None:
     for case in EDGES:
         x, weight, bias = oracle.tensors(case)

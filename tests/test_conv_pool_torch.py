@@ -52,9 +52,11 @@ def test_opcheck_backward(name: str, mask: list[bool]) -> None:
     saved = y if params.backward_needs_y else None
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
     torch.library.opcheck(BACKWARD, (grad_y, x, weight, bias, saved, index, pre, *params.as_args(), mask))
-    leaves = [t.requires_grad_() for t in (grad_y, x, weight, bias)]
-    arguments = (*leaves, saved, index, pre, *params.as_args(), mask)
-    torch.library.opcheck(BACKWARD, arguments)
+    last = weight.clone(memory_format=torch.channels_last) if weight.dim() == 4 else weight
+    for some_weight in (weight, last):
+        leaves = [t.detach().requires_grad_() for t in (grad_y, x, some_weight, bias)]
+        arguments = (*leaves, saved, index, pre, *params.as_args(), mask)
+        torch.library.opcheck(BACKWARD, arguments)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

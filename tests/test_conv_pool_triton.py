@@ -273,6 +273,7 @@ def test_any_strides_are_read(kernels: Any) -> None:
     got = ours(kernels, x, weight, bias, params, grad_y)
     for field, a, b in zip(Results._fields, got, want, strict=True):
         assert torch.equal(a.cpu(), b.to(a.dtype)), f"{field} differs"
+    assert got.grad_weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @on_device

@@ -14,8 +14,8 @@ void fill(const char* name, const Sizes& from, int spatial, int64_t* to) {
 
 class ConvPoolDesc {
  public:
-  ConvPoolDesc(int spatial, const std::string& dtype, bool channels_last, int64_t batch, int64_t in_channels,
-               int64_t out_channels, int64_t groups, const Sizes& input, const Sizes& kernel, const Sizes& stride,
+  ConvPoolDesc(int spatial, const std::string& dtype, bool channels_last, bool weight_channels_last, int64_t batch,
+               int64_t in_channels, int64_t out_channels, int64_t groups, const Sizes& input, const Sizes& kernel, const Sizes& stride,
                const Sizes& padding, const Sizes& dilation, const Sizes& x_strides, const std::string& activation,
                double negative_slope, const std::string& pool, const Sizes& pool_size, const Sizes& pool_stride,
                const Sizes& pool_padding, bool ceil_mode, bool count_include_pad, const std::string& precision, bool save)
@@ -31,7 +31,7 @@ class ConvPoolDesc {
     interfuse_conv_pool_spec spec;
     interfuse_conv_pool_defaults(&spec);
     spec.dtype = one_of("conv_pool", "dtype", dtype, {"float32", "bfloat16"});
-    spec.channels_last = channels_last;
+    spec.channels_last = channels_last, spec.weight_channels_last = weight_channels_last;
     spec.batch = batch, spec.in_channels = in_channels, spec.out_channels = out_channels, spec.groups = groups;
     fill("input", input, spatial, spec.input);
     fill("kernel", kernel, spatial, spec.kernel);
@@ -145,11 +145,11 @@ py::object conv_pool_call(const py::capsule& exchange, const py::tuple& watchers
 
 void conv_pool(py::module_& m) {
   py::class_<ConvPoolDesc>(m, "ConvPoolDesc")
-      .def(py::init<int, const std::string&, bool, int64_t, int64_t, int64_t, int64_t, const Sizes&, const Sizes&,
+      .def(py::init<int, const std::string&, bool, bool, int64_t, int64_t, int64_t, int64_t, const Sizes&, const Sizes&,
                     const Sizes&, const Sizes&, const Sizes&, const Sizes&, const std::string&, double,
                     const std::string&, const Sizes&, const Sizes&, const Sizes&, bool, bool, const std::string&, bool>(),
-           py::arg("spatial"), py::arg("dtype"), py::arg("channels_last"), py::arg("batch"), py::arg("in_channels"),
-           py::arg("out_channels"), py::arg("groups"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
+           py::arg("spatial"), py::arg("dtype"), py::arg("channels_last"), py::arg("weight_channels_last"),
+           py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"), py::arg("x_strides"), py::arg("activation"),
            py::arg("negative_slope"), py::arg("pool"), py::arg("pool_size"), py::arg("pool_stride"),
            py::arg("pool_padding"), py::arg("ceil_mode"), py::arg("count_include_pad"), py::arg("precision"),

@@ -29,6 +29,9 @@ struct ConvPool {
   struct {
     int64_t n, c, d, h, w;
   } xs;  // strides of x, in elements
+  struct {
+    int64_t c, tap;
+  } ws;  // strides of the weight and its gradient within a filter, which is dense, in elements
   int dtype, activation, pool;
   float slope;
   bool channels_last, ceil_mode, count_include_pad, highest, save;

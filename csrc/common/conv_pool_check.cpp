@@ -133,6 +133,9 @@ ConvPool checked_conv_pool(const interfuse_conv_pool_spec& s) {
             "at most 255 are allowed.",
             (long long)p.window.volume());
 
+  p.ws.c = s.weight_channels_last ? 1 : p.kernel.volume();
+  p.ws.tap = s.weight_channels_last ? p.group_in : 1;
+
   const int64_t* xs = s.x_strides;
   bool dense = !xs[0] && !xs[1] && !xs[2] && !xs[3] && !xs[4];
   if (!dense)

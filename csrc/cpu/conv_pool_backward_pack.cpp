@@ -121,7 +121,7 @@ void pack_planes_weight(const BackwardPlan& plan, int thread, int threads) {
     const T* from = static_cast<const T*>(plan.a->weight) + i * p.group_in * plan.taps;
     for (int64_t tap = 0; tap < plan.taps; ++tap)
       for (int64_t c = 0; c < p.group_in; ++c)
-        plan.packed_weight[((group * plan.taps + tap) * p.group_out + k) * p.group_in + c] = to_float(from[c * plan.taps + tap]);
+        plan.packed_weight[((group * plan.taps + tap) * p.group_out + k) * p.group_in + c] = to_float(from[c * p.ws.c + tap * p.ws.tap]);
   }
 }
 
@@ -133,12 +133,12 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     const int64_t k = i % plan.k_padded, chunk = i / plan.k_padded % plan.chunks, group = i / plan.k_padded / plan.chunks;
     const int64_t channels = least(plan.lanes, p.group_in - chunk * plan.lanes);
-    const T* from = static_cast<const T*>(plan.a->weight) + ((group * p.group_out + k) * p.group_in + chunk * plan.lanes) * plan.taps;
+    const T* from = static_cast<const T*>(plan.a->weight) + (group * p.group_out + k) * p.group_in * plan.taps + chunk * plan.lanes * p.ws.c;
     float* base = plan.packed_weight + (group * plan.chunks + chunk) * plan.k_padded * plan.taps * plan.lanes;
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
       float* to = base + (plan.method == Method::sparse ? k * plan.taps + tap : tap * plan.k_padded + k) * plan.lanes;
       for (int64_t c = 0; c < plan.lanes; ++c)
-        to[c] = k < p.group_out && c < channels ? to_float(from[c * plan.taps + tap]) : 0.f;
+        to[c] = k < p.group_out && c < channels ? to_float(from[c * p.ws.c + tap * p.ws.tap]) : 0.f;
     }
   }
 }
@@ -146,12 +146,14 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
 // Sums the parts and the lanes of each.
 template <class T>
 void store_planes_weight_gradient(const BackwardPlan& plan, int parts, int thread, int threads) {
-  const int64_t count = plan.p->out_channels * plan.p->group_in * plan.taps;
+  const ConvPool& p = *plan.p;
+  const int64_t filter = p.group_in * plan.taps, count = p.out_channels * filter;
   const Range mine = share(count, thread, threads);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
     Vec sum = zero();
     for (int part = 0; part < parts; ++part) sum += load(plan.grad_weight + (part * count + i) * kLanes);
-    put(static_cast<T*>(plan.a->grad_weight) + i, sum_lanes(sum));
+    const int64_t c = i % filter / plan.taps, tap = i % plan.taps;
+    put(static_cast<T*>(plan.a->grad_weight) + i / filter * filter + c * p.ws.c + tap * p.ws.tap, sum_lanes(sum));
   }
 }
 
@@ -165,11 +167,11 @@ void store_weight_gradient_as(const BackwardPlan& plan, int parts, int thread, i
     for (int64_t c = 0; c < p.group_in; ++c) {
       const int64_t row = (k / p.group_out * plan.chunks + c / plan.lanes) * plan.k_padded + k % p.group_out;
       const float* from = plan.grad_weight + row * plan.taps * plan.lanes + c % plan.lanes;
-      T* to = static_cast<T*>(plan.a->grad_weight) + (k * p.group_in + c) * plan.taps;
+      T* to = static_cast<T*>(plan.a->grad_weight) + k * p.group_in * plan.taps + c * p.ws.c;
       for (int64_t tap = 0; tap < plan.taps; ++tap) {
         float sum = from[tap * plan.lanes];
         for (int part = 1; part < parts; ++part) sum += from[part * size + tap * plan.lanes];
-        put(to + tap, sum);
+        put(to + tap * p.ws.tap, sum);
       }
     }
 }

@@ -89,8 +89,8 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
     for (int64_t c = 0; c < plan.lanes; c += kLanes) {
       Vec taken[taps] = {}, made[points];
       for (int64_t lane = 0; lane < least(kLanes, p.group_in - c); ++lane) {
-        const T* from = static_cast<const T*>(plan.a->weight) + (i * p.group_in + c + lane) * taps;
-        for (int tap = 0; tap < taps; ++tap) reinterpret_cast<float*>(taken + tap)[lane] = to_float(from[tap]);
+        const T* from = static_cast<const T*>(plan.a->weight) + i * p.group_in * taps + (c + lane) * p.ws.c;
+        for (int tap = 0; tap < taps; ++tap) reinterpret_cast<float*>(taken + tap)[lane] = to_float(from[tap * p.ws.tap]);
       }
       weight_tile<Axis>(taken, made, 1);
       const int64_t panel = c / plan.panel * plan.panel, width = least(plan.panel, plan.lanes - panel), step = p.group_out * plan.lanes;
@@ -129,9 +129,9 @@ bool store_weight_gradient_as(const BackwardPlan& plan, int parts, int thread, i
       }
       weight_of_points<Axis>(sums, made);
       for (int tap = 0; tap < taps; ++tap) check = multiply_add(made[tap], zero(), check);
-      T* to = static_cast<T*>(plan.a->grad_weight) + (i * p.group_in + c) * taps;
+      T* to = static_cast<T*>(plan.a->grad_weight) + i * p.group_in * taps + c * p.ws.c;
       for (int64_t lane = 0; lane < least(kLanes, p.group_in - c); ++lane)
-        for (int tap = 0; tap < taps; ++tap) put(to + lane * taps + tap, reinterpret_cast<const float*>(made + tap)[lane]);
+        for (int tap = 0; tap < taps; ++tap) put(to + lane * p.ws.c + tap * p.ws.tap, reinterpret_cast<const float*>(made + tap)[lane]);
     }
   return is_finite(check);
 }

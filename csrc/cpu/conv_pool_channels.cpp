@@ -96,7 +96,7 @@ Plan make_plan(const ConvPool& problem, int threads, int64_t pixel_step) {
   plan.p = problem;
   const ConvPool& p = plan.p;
   plan.copies = pixel_step == 0 && !reads_in_place(p);
-  plan.order = {p.group_in, p.kernel.volume(), p.xs.c == 1 ? kLanes : 1};
+  plan.order = {p.group_in, p.kernel.volume(), p.xs.c == 1 ? kLanes : 1, p.ws.c == 1};
   plan.vectors = choose_vectors(p);
   plan.panels = ceil_div(p.group_out, plan.vectors * kLanes);
   const int lanes = plan.vectors * kLanes;
@@ -231,7 +231,8 @@ PackKey pack_key(const Plan& plan, const ConvPoolForward& a, int threads) {
   const ConvPool& p = plan.p;
   const int64_t bytes = p.out_channels * plan.order.depth() * (p.dtype == INTERFUSE_FLOAT32 ? 4 : 2);
   uint64_t kind = 0x6368616e6e656c73u + kLanes;
-  const int64_t parts[] = {p.dtype, p.groups, p.group_out, plan.vectors, plan.order.channels, plan.order.taps, plan.order.channel_block};
+  const int64_t parts[] = {p.dtype,          p.groups, p.group_out, plan.vectors, plan.order.channels, plan.order.taps, plan.order.channel_block,
+                           plan.order.taps_outside};
   for (int64_t part : parts) kind = hash_mix(kind ^ static_cast<uint64_t>(part));
   return {a.weight, kind, content_hash(a.weight, bytes, threads)};
 }

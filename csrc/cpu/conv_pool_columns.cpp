@@ -168,8 +168,9 @@ void pack(const Plan& plan, const ConvPoolForward& a, int64_t group, float* pack
     const T* bias = a.bias ? static_cast<const T*>(a.bias) + group * p.group_out + own.begin : nullptr;
     const int64_t channels = own.end - own.begin;
     for (int64_t m = 0; m < channels; ++m) *packed++ = bias ? to_float(bias[m]) : 0.f;
-    for (int64_t k = 0; k < plan.depth; ++k)
-      for (int64_t m = 0; m < channels; ++m) *packed++ = to_float(weight[m * plan.depth + k]);
+    for (int64_t c = 0; c < p.group_in; ++c)
+      for (int64_t tap = 0; tap < p.kernel.volume(); ++tap)
+        for (int64_t m = 0; m < channels; ++m) *packed++ = to_float(weight[m * plan.depth + c * p.ws.c + tap * p.ws.tap]);
   }
 }
 

@@ -12,6 +12,7 @@ namespace INTERFUSE_ISA {
 // Planar input takes single channels (the weights' own order), interleaved input a cache line of them at a time.
 struct ReductionOrder {
   int64_t channels, taps, channel_block;
+  bool taps_outside = false;  // in the weight a filter lies [tap][channel], else [channel][tap]
   int64_t depth() const { return channels * taps; }
   int64_t place(int64_t c, int64_t tap) const {
     const int64_t begin = c / channel_block * channel_block;
@@ -43,7 +44,11 @@ void pack_panel(const ReductionOrder& order, const T* weight, int vectors, int64
       transpose(block);
       for (int j = 0; j < count; ++j) {
         store(packed + order.place(c, tap) * lanes + v * kLanes, block[j]);
-        if (++tap == order.taps) tap = 0, ++c;
+        if (order.taps_outside) {
+          if (++c == order.channels) c = 0, ++tap;
+        } else if (++tap == order.taps) {
+          tap = 0, ++c;
+        }
       }
     }
   }

@@ -81,7 +81,7 @@ PackKey pack_key(const ConvPool& p, const WinogradPlan& plan, const ConvPoolForw
   const int64_t bytes = p.out_channels * p.group_in * p.kernel.volume() * (p.dtype == INTERFUSE_FLOAT32 ? 4 : 2);
   uint64_t kind = 0x77696e6f67726164u + kLanes;
   for (int64_t part : {static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.channels_last), static_cast<int64_t>(plan.depth_points),
-                       p.groups, plan.channels, plan.filters, plan.chunk})
+                       p.ws.c, p.groups, plan.channels, plan.filters, plan.chunk})
     kind = hash_mix(kind ^ static_cast<uint64_t>(part));
   return {a.weight, kind, content_hash(a.weight, bytes, a.threads)};
 }

@@ -25,8 +25,8 @@ void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight
     for (int64_t c = 0; c < plan.channels; ++c) {
       float taken[taps][kFilterRows] = {}, made[points][kFilterRows];
       for (int64_t r = 0; r < valid; ++r) {
-        const T* from = static_cast<const T*>(weight) + ((group * plan.filters + filter + r) * plan.channels + c) * taps;
-        for (int i = 0; i < taps; ++i) taken[i][r] = to_float(from[i]);
+        const T* from = static_cast<const T*>(weight) + (group * plan.filters + filter + r) * plan.channels * taps + c * p.ws.c;
+        for (int i = 0; i < taps; ++i) taken[i][r] = to_float(from[i * p.ws.tap]);
       }
       for (int r = 0; r < kFilterRows; ++r) weight_tile<Axis>(&taken[0][r], &made[0][r], kFilterRows);
       const int64_t slice = c / plan.slice_depth() * plan.slice_depth(), depth = least(plan.slice_depth(), plan.channels - slice);

@@ -103,8 +103,9 @@ INTERFUSE_DEVICE void multiply(const ConvPool& p, const T* x, const T* weight, i
       // The weight's rows are contiguous along depth, so neighbouring threads take neighbouring depths of a channel.
       const int wk = e % kDepth, channel = e / kDepth;
       const bool real = channel0 + channel < p.group_out && k0 + wk < depth;
+      const int64_t place = p.ws.tap == 1 ? k0 + wk : (k0 + wk) / taps * p.ws.c + (k0 + wk) % taps * p.ws.tap;
       tiles.weight[wk][channel] =
-          real ? to_float(weight[(group * p.group_out + channel0 + channel) * depth + k0 + wk]) : 0.f;
+          real ? to_float(weight[(group * p.group_out + channel0 + channel) * depth + place]) : 0.f;
     }
     __syncthreads();
     INTERFUSE_ROLLED

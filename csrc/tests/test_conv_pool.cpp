@@ -155,6 +155,48 @@ TEST(conv_pool_strided_input) {
     }
 }
 
+// The weight as (out, kernel..., in): the same bits as from the order (out, in, kernel...), and its gradient in its order.
+TEST(conv_pool_weight_channels_last) {
+  for (const Problem& problem : kProblems)
+    for (bool channels_last : {false, true})
+      for (bool highest : {false, true}) {
+        const Context context(std::string(problem.name) + (channels_last ? ", channels last" : ", contiguous"));
+        interfuse_conv_pool_spec spec = spec_of(problem, INTERFUSE_FLOAT32, channels_last, highest);
+        const int64_t taps = spec.kernel[0] * spec.kernel[1] * spec.kernel[2], inputs = spec.in_channels / spec.groups;
+        std::vector<float> results[2];
+        for (int32_t last : {0, 1}) {
+          spec.weight_channels_last = last;
+          const auto place = [&](int64_t i) {  // of element i of (out, in, taps)
+            const int64_t c = i / taps % inputs, tap = i % taps;
+            return last ? i / taps / inputs * inputs * taps + tap * inputs + c : i;
+          };
+          interfuse_conv_pool* plan = nullptr;
+          CHECK_EQUAL(interfuse_conv_pool_create(&spec, &plan), INTERFUSE_OK);
+          if (!plan) return;
+          int64_t conv[3], out[3], index_count, pre_count;
+          interfuse_conv_pool_sizes(plan, conv, out);
+          interfuse_conv_pool_saved(plan, &index_count, &pre_count);
+          const NaiveConvPool naive(spec, conv, out);
+          Guarded<float> x(naive.x.count()), plain(naive.weight_count()), weight(plain.size()), y(naive.y.count()), pre(pre_count);
+          Guarded<float> grad_y(y.size()), grad_x(x.size()), grad_weight(plain.size());
+          Guarded<uint8_t> index(index_count);
+          fill(x, Values::reals, 1), fill(plain, Values::reals, 2), fill(grad_y, Values::reals, 3);
+          for (int64_t i = 0; i < plain.size(); ++i) weight[place(i)] = plain[i];
+          CHECK_EQUAL(interfuse_conv_pool_forward(plan, x.data(), weight.data(), nullptr, y.data(), index.data(), pre.data(), 2),
+                      INTERFUSE_OK);
+          CHECK_EQUAL(interfuse_conv_pool_backward(plan, grad_y.data(), x.data(), weight.data(), y.data(), index.data(), pre.data(),
+                                                   grad_x.data(), grad_weight.data(), nullptr, 2),
+                      INTERFUSE_OK);
+          for (const Guarded<float>* values : {&y, &grad_x})
+            results[last].insert(results[last].end(), values->data(), values->data() + values->size());
+          for (int64_t i = 0; i < plain.size(); ++i) results[last].push_back(grad_weight[place(i)]);
+          CHECK(weight.intact() && grad_weight.intact());
+          interfuse_conv_pool_destroy(plan);
+        }
+        CHECK(results[0] == results[1]);
+      }
+}
+
 TEST(conv_pool_refuses_with_a_sentence) {
   interfuse_conv_pool_spec s = spec_of(kProblems[0], INTERFUSE_FLOAT32, false, false);
   interfuse_conv_pool* plan = nullptr;

@@ -11,6 +11,7 @@ class ConvPoolDesc:
         spatial: int,
         dtype: str,
         channels_last: bool,
+        weight_channels_last: bool,
         batch: int,
         in_channels: int,
         out_channels: int,

@@ -179,13 +179,14 @@ def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> P
     if not batched:
         y = y.squeeze(0)
     direct: Direct | Literal["torch"] | None = Direct(training) if batched else None
-    desc = None if by_torch else native.make_desc(problem, x.stride())
+    desc = None if by_torch else native.make_desc(problem, x.stride(), native.lies_channels_last(weight))
     return Plan(params, tuple(y.shape), y.stride(), desc, "torch" if trains_by_torch else direct)
 
 
 def _reads(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the core takes the three as they lie in memory."""
-    return native.reads(problem, x) and weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    weight_fits = weight.is_contiguous() or native.lies_channels_last(weight)
+    return native.reads(problem, x) and weight_fits and (bias is None or bias.is_contiguous())
 
 
 def _by_torch(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from interfuse.ops._conv_pool_problem import (
     empty_outputs,
     fused_why_not,
     memory_format,
+    weight_format,
 )
 
 if TYPE_CHECKING:
@@ -44,13 +45,16 @@ def describe(problem: ConvPoolProblem) -> tuple[str, str]:
     return desc.algorithm, desc.why
 
 
-def make_desc(problem: ConvPoolProblem, strides: tuple[int, ...]) -> _native.ConvPoolDesc:
-    """The core's plan for an x of these strides."""
+def make_desc(
+    problem: ConvPoolProblem, strides: tuple[int, ...], weight_channels_last: bool = False
+) -> _native.ConvPoolDesc:
+    """The core's plan for an x of these strides and a weight that lies so."""
     p, spatial = problem.params, problem.spatial
     return _native.ConvPoolDesc(
         spatial=spatial,
         dtype=_DTYPE_NAMES[problem.dtype],
         channels_last=problem.channels_last,
+        weight_channels_last=weight_channels_last,
         batch=problem.batch,
         in_channels=problem.in_channels,
         out_channels=problem.out_channels,
@@ -80,15 +84,24 @@ def reads(problem: ConvPoolProblem, x: Tensor) -> bool:
     return x.shape[axis] == 1 or x.stride(axis) == 1
 
 
+def lies_channels_last(weight: Tensor) -> bool:
+    return weight_format(weight) != torch.contiguous_format
+
+
 _descs: BoundedCache[_native.ConvPoolDesc] = BoundedCache(512)
 
 
-def _prepare(problem: ConvPoolProblem, x: Tensor) -> tuple[Tensor, _native.ConvPoolDesc]:
-    """x in a layout that the core reads, and the core's plan for it."""
+def _prepare(
+    problem: ConvPoolProblem, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, _native.ConvPoolDesc]:
+    """x and the weight in layouts that the core reads, and the core's plan for them."""
     if not reads(problem, x):
         x = x.contiguous(memory_format=memory_format(problem))
-    key = (problem, x.stride())
-    return x, _descs.get(key) or _descs.put(key, make_desc(problem, x.stride()))
+    last = lies_channels_last(weight)
+    if not last:
+        weight = weight.contiguous()
+    key = (problem, x.stride(), last)
+    return x, weight, _descs.get(key) or _descs.put(key, make_desc(*key))
 
 
 def _covered(problem: ConvPoolProblem) -> bool:
@@ -112,8 +125,7 @@ def run(problem: ConvPoolProblem, x: Tensor, weight: Tensor, bias: Tensor | None
         return y, index, pre
     if pre.dim() > 1 and not _covered(problem):
         pre.zero_()
-    x, desc = _prepare(problem, x)
-    weight = weight.contiguous()
+    x, weight, desc = _prepare(problem, x, weight)
     bias = None if bias is None else bias.contiguous()
     _native.conv_pool_forward(
         desc,
@@ -144,9 +156,9 @@ def run_backward(
         for grad in grads:
             grad.zero_()
         return grads
-    x, desc = _prepare(problem, x)
+    x, weight, desc = _prepare(problem, x, weight)
     form = memory_format(problem)
-    grad_y, weight = grad_y.contiguous(memory_format=form), weight.contiguous()
+    grad_y = grad_y.contiguous(memory_format=form)
     y = y.contiguous(memory_format=form) if y is not None and problem.params.backward_needs_y else None
     index, pre = (t.contiguous(memory_format=form) if t.dim() > 1 else t for t in (index, pre))
     grad_x, grad_weight, grad_bias = grads

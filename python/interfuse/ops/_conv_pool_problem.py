@@ -145,6 +145,14 @@ def memory_format(problem: ConvPoolProblem) -> torch.memory_format:
     return torch.channels_last if problem.spatial == 2 else torch.channels_last_3d
 
 
+def weight_format(weight: Tensor) -> torch.memory_format:
+    """As it lies, where an implementation reads and writes that: channels_last or contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    if last is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
 def empty_outputs(problem: ConvPoolProblem) -> Three:
     """Unwritten (y, index, pre) as the op returns them; (0,) where nothing is saved."""
     p, device, form = problem.params, problem.device, memory_format(problem)
@@ -171,11 +179,10 @@ def empty_gradients(problem: ConvPoolProblem, x: Tensor, weight: Tensor, mask: S
             return torch.empty(0, dtype=x.dtype, device=x.device)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
-    plain = torch.contiguous_format
     return (
         empty(mask[0], x.shape, memory_format(problem)),
-        empty(mask[1], weight.shape, plain),
-        empty(mask[2], (problem.out_channels,), plain),
+        empty(mask[1], weight.shape, weight_format(weight)),
+        empty(mask[2], (problem.out_channels,), torch.contiguous_format),
     )
 
 

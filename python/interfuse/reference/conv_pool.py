@@ -14,7 +14,7 @@ from torch import Tensor
 
 from interfuse.activations import activate, activate_backward
 from interfuse.autocast import without_autocast
-from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format
+from interfuse.ops._conv_pool_problem import ConvPoolParams, ConvPoolProblem, memory_format, weight_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,7 +185,7 @@ def run_backward(
     """The registered backward op. What the forward saved is not read: the reference computes it again."""
     with without_autocast(x.device):
         grads = backward(grad_y, x, weight, bias, problem.params, mask)
-    forms = (memory_format(problem), torch.contiguous_format, torch.contiguous_format)
+    forms = (memory_format(problem), weight_format(weight), torch.contiguous_format)
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     grad_x, grad_weight, grad_bias = (
         nothing.clone() if g is None else g.contiguous(memory_format=form)
