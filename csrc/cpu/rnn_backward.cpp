@@ -1,6 +1,7 @@
 // Backward through time on the CPU. The steps run in turn, as forward's did: the product with the transposed recurrent
-// weight gives the gradient of h, the cell's pointwise part makes the gates' gradient of it; then the gradients of the
-// weights and of the input are products over all tokens at once. Compiled once per ISA.
+// weight gives the gradient of h, the cell's pointwise part makes the gates' gradient of it. A chunk of tokens at a time,
+// whose gates' gradients are then still in L2, the gradients of the weights and of the layer's input are products over
+// the tokens. Compiled once per ISA.
 #include "common/scratch.h"
 #include "cpu/rnn_cells.h"
 #include "cpu/rnn_outer.h"
@@ -13,8 +14,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-// Tokens whose gates' gradients stay in L2 while the input's gradient is made of them.
-constexpr int64_t kTokens = 96;
 constexpr Packing kPlain{1, false};
 
 template <class Cell>
@@ -22,7 +21,7 @@ class Backward {
  public:
   Backward(const Rnn& p, const RnnParts& parts, const RnnBackward& a)
       : p_(p), parts_(parts), a_(a), units_(padded(p.hidden)), outputs_(padded(p.output())), blocks_(units_ / kLanes),
-        gate_row_(units_ * Cell::kGates),
+        gate_row_(units_ * Cell::kGates), input_row_(p.layers > 1 && layer_room(1) > layer_room(0) ? layer_room(1) : layer_room(0)),
         threads_(parts.count > 1 ? a.threads : rnn_threads<Cell>(p, parts.part[0], a.threads)), flags_(threads_) {}
 
   void run() {
@@ -33,29 +32,36 @@ class Backward {
       team.meet_all();
       for (int64_t layer = p_.layers - 1; layer >= 0; --layer) {
         if (parts_.count == 1) {
-          run_layer(team, parts_.part[0], part_at(0), layer);
-        } else {
-          for (int64_t i = thread; i < parts_.count; i += threads) {
-            RnnTeam one(p_, flags_, 0, 1);  // who meets nobody
-            run_layer(one, parts_.part[i], part_at(i), layer);
-          }
+          run_layer(team, parts_.part[0], part_at(0), layer, a_.grad_weights + layer * p_.directions, true);
+          team.meet_all();
+          continue;
+        }
+        // The first thread adds up where the result belongs, the others beside it.
+        const Weights own = weights_of(layer, thread);
+        for (int64_t i = thread; i < parts_.count; i += threads) {
+          RnnTeam one(p_, flags_, 0, 1);  // who meets nobody
+          run_layer(one, parts_.part[i], part_at(i), layer, own.direction, i == thread);
         }
         team.meet_all();
-        weight_gradients(layer, thread, threads);
+        add_up(layer, thread, threads);
         team.meet_all();
       }
     });
   }
 
  private:
+  // What is kept of the steps of one chunk, by token: the gates' gradients, equal but for the GRU, and with a projection
+  // those of its result.
+  struct Grads {
+    float *dx, *dsum, *doutput;
+  };
   // Buffers of one part in one direction.
   struct Direction {
     float *incoming, *carry, *h_start, *c_start;  // [row]
     float *dh, *dhidden;                          // one step's [row]; the second below a projection
-    float *dx, *dsum;                             // the gates' gradients [token], equal but for the GRU
-    float *doutput;                               // with a projection [token]
-    float *input;                                 // the layer's input in step order [token]
-    float *grad_input;                            // [token]
+    Grads grads[2];                               // of the chunk at work and of the one before
+    float* input;                                 // of a few tokens, where it lies nowhere as a row
+    float* grad_input;                            // [token]
   };
   struct Part {
     Direction direction[2];
@@ -65,16 +71,30 @@ class Backward {
   struct Packed {
     float *w_hh, *w_ih, *w_hr;
   };
+  struct Weights {
+    interfuse_rnn_weights direction[2];
+  };
+  // Steps [begin, end), whose gradients begin with the tokens of step `begin`.
+  struct Chunk {
+    int64_t begin, end;
+    Grads grads;
+  };
 
   int64_t layer_room(int64_t layer) const { return padded(p_.layer_input(layer)); }
-  int64_t widest() const { return p_.layers > 1 && layer_room(1) > layer_room(0) ? layer_room(1) : layer_room(0); }
   bool needs_input_gradient(int64_t layer) const { return layer > 0 || a_.grad_x; }
+  // A chunk has as many tokens as the weights' gradients take in at a time, or those of one step.
+  static int64_t chunk_room(const RnnOrder& order) {
+    const int64_t most = order.rows > kOuterTokens ? order.rows : kOuterTokens;
+    return most < order.tokens ? most : order.tokens;
+  }
+  bool copies_input() const { return p_.directions == 2 && p_.layers > 1; }
 
   int64_t part_floats(const RnnOrder& order) const {
     const int64_t projected = p_.projection ? 1 : 0;
-    const int64_t each = order.rows * (3 * outputs_ + (2 + projected) * units_) +
-                         order.tokens * (gate_row_ * (Cell::kTwoSums ? 2 : 1) + projected * outputs_ + 2 * widest()) + 11 * 16;
-    return p_.directions * (each + (p_.directions == 2 ? order.tokens * p_.output() : 0)) + 16;
+    const int64_t each = order.rows * (3 * outputs_ + (2 + projected) * units_) + order.tokens * input_row_ +
+                         2 * chunk_room(order) * (gate_row_ * (Cell::kTwoSums ? 2 : 1) + projected * outputs_) +
+                         (copies_input() ? kOuterTokens * input_row_ : 0) + 14 * 16;
+    return (p_.directions * (each + (p_.directions == 2 ? order.tokens * p_.output() : 0)) + 2 * 16 - 1) / 16 * 16;
   }
 
   Part part_at(int64_t i) const {
@@ -91,11 +111,13 @@ class Backward {
       x.carry = memory.take(order.rows * units_);
       x.c_start = memory.take(order.rows * units_);
       x.dhidden = p_.projection ? memory.take(order.rows * units_) : nullptr;
-      x.dx = memory.take(order.tokens * gate_row_);
-      x.dsum = Cell::kTwoSums ? memory.take(order.tokens * gate_row_) : x.dx;
-      x.doutput = p_.projection ? memory.take(order.tokens * outputs_) : nullptr;
-      x.input = memory.take(order.tokens * widest());
-      x.grad_input = memory.take(order.tokens * widest());
+      for (Grads& grads : x.grads) {
+        grads.dx = memory.take(chunk_room(order) * gate_row_);
+        grads.dsum = Cell::kTwoSums ? memory.take(chunk_room(order) * gate_row_) : grads.dx;
+        grads.doutput = p_.projection ? memory.take(chunk_room(order) * outputs_) : nullptr;
+      }
+      x.input = copies_input() ? memory.take(kOuterTokens * input_row_) : nullptr;
+      x.grad_input = memory.take(order.tokens * input_row_);
     }
     if (p_.directions == 2) part.grad_below = memory.take(2 * order.tokens * p_.output());
     part.kept = a_.reserve + order.before * p_.layers * p_.directions * RnnLayout<Cell>(p_, 1).total;
@@ -111,10 +133,65 @@ class Backward {
     return {one, one + gate_row_ * outputs_, one + gate_row_ * (outputs_ + layer_room(layer))};
   }
 
+  // One direction's weights as an array: their places in the struct and their sizes.
+  static constexpr int kKinds = 5;
+  static float*& weight(interfuse_rnn_weights& w, int kind) {
+    float** const all[] = {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr};
+    return *all[kind];
+  }
+  int64_t weight_floats(int64_t layer, int kind) const {
+    const int64_t rows = Cell::kGates * p_.hidden;
+    return kind == 0 ? rows * p_.layer_input(layer) : kind == 1 ? rows * p_.output() : kind == 4 ? p_.projection * p_.hidden : rows;
+  }
+  int64_t sums_floats(int64_t layer) const {
+    int64_t floats = 0;
+    for (int kind = 0; kind < kKinds; ++kind) floats += (weight_floats(layer, kind) + 15) / 16 * 16;
+    return floats * p_.directions;
+  }
+  int adding_threads() const { return parts_.count < threads_ ? static_cast<int>(parts_.count) : threads_; }
+
+  // Where a thread with parts of its own adds up one layer's gradients.
+  Weights weights_of(int64_t layer, int thread) const {
+    Weights own{};
+    RnnMemory memory{thread > 0 ? sums_ + (thread - 1) * sums_room_ : nullptr};
+    for (int d = 0; d < p_.directions; ++d) {
+      own.direction[d] = a_.grad_weights[layer * p_.directions + d];
+      if (thread == 0) continue;
+      for (int kind = 0; kind < kKinds; ++kind) {
+        float*& place = weight(own.direction[d], kind);
+        float* beside = memory.take(weight_floats(layer, kind));
+        if (place) place = beside;
+      }
+    }
+    return own;
+  }
+
+  void add_up(int64_t layer, int thread, int threads) const {
+    Weights to = weights_of(layer, 0);
+    const int adding = parts_.count < threads ? static_cast<int>(parts_.count) : threads;
+    for (int d = 0; d < p_.directions; ++d)
+      for (int kind = 0; kind < kKinds; ++kind) {
+        float* sum = weight(to.direction[d], kind);
+        const int64_t floats = weight_floats(layer, kind);
+        const Range vectors = share((floats + kLanes - 1) / kLanes, thread, threads);
+        for (int other = 1; sum && other < adding; ++other) {
+          Weights from = weights_of(layer, other);
+          const float* more = weight(from.direction[d], kind);
+          for (int64_t i = vectors.begin * kLanes; i < vectors.end * kLanes; i += kLanes)
+            if (floats - i >= kLanes)
+              store(sum + i, load(sum + i) + load(more + i));
+            else
+              for (int64_t j = i; j < floats; ++j) sum[j] += more[j];
+        }
+      }
+  }
+
   void allocate() {
     int64_t floats = 0;
     for (int64_t i = 0; i < parts_.count; ++i) floats += part_floats(parts_.part[i]);
-    memory_ = scratch_floats(Slot::other, floats);
+    sums_room_ = sums_floats(0) > sums_floats(p_.layers - 1) ? sums_floats(0) : sums_floats(p_.layers - 1);
+    memory_ = scratch_floats(Slot::other, floats + (parts_.count > 1 ? (adding_threads() - 1) * sums_room_ : 0));
+    sums_ = memory_ + floats;
     packs_ = scratch_floats(Slot::pack, p_.directions * (packed_floats(0) + (p_.layers > 1 ? (p_.layers - 1) * packed_floats(1) : 0)));
   }
 
@@ -124,7 +201,8 @@ class Backward {
         const interfuse_rnn_weights& w = a_.weights[layer * p_.directions + d];
         const Packed to = packed(layer, d);
         const auto pack = [&](const float* from, int64_t gates, int64_t units, int64_t columns, float* place) {
-          pack_gates_transposed(from, gates, units, columns, share(padded(columns) / kLanes, thread, threads), place);
+          const int64_t vectors = padded(columns) / kLanes;
+          pack_gates_transposed(from, gates, units, columns, share(vectors / 4 + vectors % 4, thread, threads), place);
         };
         pack(w.w_hh, Cell::kGates, p_.hidden, p_.output(), to.w_hh);
         if (needs_input_gradient(layer)) pack(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), to.w_ih);
@@ -143,57 +221,51 @@ class Backward {
     return {base + keep.gates, base + keep.cell, base + keep.hidden, base + keep.output, keep.gate_row};
   }
 
-  // One layer's steps, and the gradient that the layer below or the input gets.
-  void run_layer(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer) const {
+  // One layer's steps, its weights' gradients (first: begins those sums), and what the layer below or the input gets.
+  void run_layer(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, const interfuse_rnn_weights* sums,
+                 bool first) const {
     for (int d = 0; d < p_.directions; ++d)
-      if (team.takes(d)) run_direction(team, order, part, layer, d);
+      if (team.takes(d)) run_direction(team, order, part, layer, d, sums[d], first);
     if (!needs_input_gradient(layer) || (layer > 0 && p_.directions == 1)) return;
     team.meet_all();
     merge_input_gradient(team.share_of_all(order.rows), order, part, layer);
   }
 
-  void run_direction(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d) const {
+  void run_direction(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d,
+                     const interfuse_rnn_weights& sums, bool first) const {
     const Direction& x = part.direction[d];
-    prepare(team, order, part, layer, d);
+    prepare(team, order, layer, d, x);
     team.arrive(d);
-    for (int64_t s = order.steps - 1; s >= 0; --s) step(team, order, part, layer, d, s);
-    team.wait(d);
-    start_gradient(team, order, layer, d, x);
-    if (!needs_input_gradient(layer)) return;
-    const int64_t room = layer_room(layer);
-    const Range mine = team.share(d, order.tokens);
-    for (int64_t first = mine.begin; first < mine.end; first += kTokens) {
-      Product q{};
-      q.depth = gate_row_, q.a = x.dx + first * gate_row_, q.a_row = gate_row_, q.w = packed(layer, d).w_ih;
-      q.c = x.grad_input + first * room, q.c_row = room;
-      packed_product(kPlain, gate_row_, 0, q, mine.end - first < kTokens ? mine.end - first : kTokens, 0, room / kLanes);
+    const float* after = nullptr;  // the gates' gradients of the step after
+    int turn = 0;
+    for (int64_t end = order.steps; end > 0; turn ^= 1) {
+      Chunk chunk{end - 1, end, x.grads[turn]};
+      while (chunk.begin > 0 && order.first[end] - order.first[chunk.begin - 1] <= kOuterTokens) --chunk.begin;
+      for (int64_t s = end - 1; s >= chunk.begin; --s) {
+        step(team, order, part, layer, d, s, chunk, after);
+        after = chunk.grads.dsum + (order.first[s] - order.first[chunk.begin]) * gate_row_;
+      }
+      team.wait(d);
+      weight_gradients(team, order, part, layer, d, chunk, sums, first);
+      input_gradient(team, order, layer, d, x, chunk);
+      first = false;
+      end = chunk.begin;
     }
+    team.wait(d);
+    if (first) weight_gradients(team, order, part, layer, d, {0, 0, x.grads[0]}, sums, first);  // no token: zeros
+    start_gradient(team, order, layer, d, x, after);
   }
 
-  void prepare(const RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d) const {
-    const Direction& x = part.direction[d];
+  void prepare(const RnnTeam& team, const RnnOrder& order, int64_t layer, int d, const Direction& x) const {
     const int64_t at = layer * p_.directions + d, size = p_.output();
-    Range mine = team.share(d, order.rows);
+    const Range mine = team.share(d, order.rows);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
       fetch(a_.grad_hn, at, size, order.row[j], x.incoming + j * outputs_, outputs_);
       fetch(a_.in->h0, at, size, order.row[j], x.h_start + j * outputs_, outputs_);
       fetch(a_.grad_cn, at, p_.hidden, order.row[j], x.carry + j * units_, units_);
       fetch(a_.in->c0, at, p_.hidden, order.row[j], x.c_start + j * units_, units_);
     }
-    if (!a_.grad_weights[at].w_ih || direct_input(layer)) return;
-    const RnnInput input{p_, order, a_.in, {layer ? kept(order, part, layer - 1, 0).output : nullptr,
-                         layer && p_.directions == 2 ? kept(order, part, layer - 1, 1).output : nullptr}, outputs_};
-    const int64_t depth = p_.layer_input(layer), room = layer_room(layer);
-    for (int64_t s = 0; s < order.steps; ++s) {
-      mine = team.share(d, order.active[s]);
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        float* to = x.input + (order.first[s] + j) * room;
-        input.copy(d, s, j, to);
-        memset(to + depth, 0, static_cast<size_t>(room - depth) * 4);
-      }
-    }
   }
-  bool direct_input(int64_t layer) const { return layer > 0 && p_.directions == 1; }
 
   void fetch(const float* from, int64_t at, int64_t size, int64_t row, float* to, int64_t room) const {
     memset(to, 0, static_cast<size_t>(room) * 4);
@@ -204,7 +276,7 @@ class Backward {
   INTERFUSE_INLINE const float* from_above(const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, int64_t j) const {
     const int64_t size = p_.output(), token = order.first[s] + j;
     if (layer + 1 < p_.layers)
-      return p_.directions == 1 ? part.direction[0].grad_input + token * layer_room(layer + 1)
+      return p_.directions == 1 ? part.direction[0].grad_input + token * input_row_
                                 : part.grad_below + (token * 2 + d) * size;
     if (!a_.grad_y) return nullptr;
     const int64_t t = order.time_of(d, s, j), b = order.row[j];
@@ -218,13 +290,13 @@ class Backward {
     return dh + (left >= kLanes ? load(above + column) : load_first(above + column, static_cast<int>(left)));
   }
 
-  // dh of the first `rows` rows, unit blocks `mine`: the gates' gradients of step s, of those units `from` to `to`, times
-  // the recurrent weight.
-  INTERFUSE_INLINE void recurrent_product(const RnnOrder& order, const Direction& x, const float* w, int64_t s, int64_t rows,
-                                          Range mine, int64_t from, int64_t to, bool add) const {
+  // dh of the first `rows` rows, unit blocks `mine`: the gates' gradients of the step after, of those units `from` to
+  // `to`, times the recurrent weight.
+  INTERFUSE_INLINE void recurrent_product(const float* after, const Direction& x, const float* w, int64_t rows, Range mine,
+                                          int64_t from, int64_t to, bool add) const {
     if (rows == 0 || from >= to || mine.begin >= mine.end) return;
     Product q{};
-    q.depth = (to - from) * Cell::kGates, q.a = x.dsum + order.first[s] * gate_row_ + from * Cell::kGates, q.a_row = gate_row_;
+    q.depth = (to - from) * Cell::kGates, q.a = after + from * Cell::kGates, q.a_row = gate_row_;
     q.w = w, q.c = x.dh, q.c_row = outputs_;
     if (add) q.start = q.c, q.start_row = q.c_row;
     packed_product(kPlain, gate_row_, from * Cell::kGates, q, rows, mine.begin, mine.end - mine.begin);
@@ -235,52 +307,56 @@ class Backward {
     return {panels.begin * 4, panels.end * 4 < blocks ? panels.end * 4 : blocks};
   }
 
-  void step(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s) const {
+  void step(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, const Chunk& chunk,
+            const float* after) const {
     const Direction& x = part.direction[d];
     const float* w = packed(layer, d).w_hh;
-    const int64_t going = order.active[s + 1];
+    const int64_t going = order.active[s + 1], at = order.first[s] - order.first[chunk.begin];
     const Range mine = whole_panels(team, d, blocks_), out = whole_panels(team, d, outputs_ / kLanes);
     if (p_.projection) {
       team.wait(d);
-      recurrent_product(order, x, w, s + 1, going, out, 0, units_, false);
-      output_step(order, part, layer, d, s, out);
+      recurrent_product(after, x, w, going, out, 0, units_, false);
+      float* doutput = chunk.grads.doutput + at * outputs_;
+      output_step(order, part, layer, d, s, out, doutput);
       team.meet(d);
-      unproject(order, x, packed(layer, d).w_hr, s, mine);
+      unproject(order, x, packed(layer, d).w_hr, s, mine, doutput);
     } else if (team.members(d) > 1) {
       // This thread's own units first: the others' arrive meanwhile.
-      recurrent_product(order, x, w, s + 1, going, mine, mine.begin * kLanes, mine.end * kLanes, false);
+      recurrent_product(after, x, w, going, mine, mine.begin * kLanes, mine.end * kLanes, false);
       team.wait(d);
-      recurrent_product(order, x, w, s + 1, going, mine, 0, mine.begin * kLanes, true);
-      recurrent_product(order, x, w, s + 1, going, mine, mine.end * kLanes, units_, true);
+      recurrent_product(after, x, w, going, mine, 0, mine.begin * kLanes, true);
+      recurrent_product(after, x, w, going, mine, mine.end * kLanes, units_, true);
     } else {
-      recurrent_product(order, x, w, s + 1, going, mine, 0, units_, false);
+      recurrent_product(after, x, w, going, mine, 0, units_, false);
     }
-    pointwise(order, part, layer, d, s, mine);
+    pointwise(order, part, layer, d, s, mine, chunk.grads.dx + at * gate_row_, chunk.grads.dsum + at * gate_row_);
     team.arrive(d);
   }
 
   // With a projection: the gradient of its result, for this step and for the weight's gradient.
-  void output_step(const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, Range mine) const {
+  void output_step(const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, Range mine, float* doutput) const {
     const Direction& x = part.direction[d];
     for (int64_t j = 0; j < order.active[s]; ++j) {
       const float* above = from_above(order, part, layer, d, s, j);
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const Vec dh = output_gradient(x, above, j, block * kLanes, j < order.active[s + 1]);
-        store(x.doutput + (order.first[s] + j) * outputs_ + block * kLanes, dh);
+        store(doutput + j * outputs_ + block * kLanes, dh);
       }
     }
   }
 
   // dhidden = doutput * w_hr.
-  void unproject(const RnnOrder& order, const Direction& x, const float* w, int64_t s, Range mine) const {
+  void unproject(const RnnOrder& order, const Direction& x, const float* w, int64_t s, Range mine, const float* doutput) const {
     if (mine.begin >= mine.end) return;
     Product q{};
-    q.depth = outputs_, q.a = x.doutput + order.first[s] * outputs_, q.a_row = outputs_, q.w = w;
+    q.depth = outputs_, q.a = doutput, q.a_row = outputs_, q.w = w;
     q.c = x.dhidden, q.c_row = units_;
     packed_product(kPlain, outputs_, 0, q, order.active[s], mine.begin, mine.end - mine.begin);
   }
 
-  void pointwise(const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, Range mine) const {
+  // The gates' gradients of step s, to dx and dsum.
+  void pointwise(const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, Range mine, float* dx_rows,
+                 float* dsum_rows) const {
     const Direction& x = part.direction[d];
     const Kept saved = kept(order, part, layer, d);
     for (int64_t j = 0; j < order.active[s]; ++j) {
@@ -302,24 +378,25 @@ class Backward {
         Vec dx[Cell::kGates], dsum[Cell::kGates];
         Cell::backward(dh, carry, c, c_before, h_before, saved.gates + token * saved.gate_row + column * Cell::kSlots, dx, dsum);
         if (Cell::kCarry) store(carried, carry);
-        const int64_t to = token * gate_row_ + column * Cell::kGates;
+        const int64_t to = j * gate_row_ + column * Cell::kGates;
         for (int g = 0; g < Cell::kGates; ++g) {
-          store(x.dx + to + g * kLanes, dx[g]);
-          if (Cell::kTwoSums) store(x.dsum + to + g * kLanes, dsum[g]);
+          store(dx_rows + to + g * kLanes, dx[g]);
+          if (Cell::kTwoSums) store(dsum_rows + to + g * kLanes, dsum[g]);
         }
       }
     }
   }
 
   // Of h0 and c0: what a step before the first would have received.
-  void start_gradient(RnnTeam& team, const RnnOrder& order, int64_t layer, int d, const Direction& x) const {
+  void start_gradient(RnnTeam& team, const RnnOrder& order, int64_t layer, int d, const Direction& x,
+                      const float* after) const {
     const int64_t at = layer * p_.directions + d, size = p_.output(), started = order.steps ? order.active[0] : 0;
     const Range mine = team.share(d, order.rows);
     for (int64_t j = mine.begin; j < mine.end && a_.grad_c0 && Cell::kCell; ++j)
       memcpy(a_.grad_c0 + (at * p_.batch + order.row[j]) * p_.hidden, x.carry + j * units_, static_cast<size_t>(p_.hidden) * 4);
     if (!a_.grad_h0) return;
     const Range out = whole_panels(team, d, outputs_ / kLanes);
-    recurrent_product(order, x, packed(layer, d).w_hh, 0, started, out, 0, units_, false);
+    recurrent_product(after, x, packed(layer, d).w_hh, started, out, 0, units_, false);
     for (int64_t j = 0; j < order.rows; ++j)
       for (int64_t column = out.begin * kLanes; column < out.end * kLanes; column += kLanes) {
         Vec dh = load((j < started ? x.dh : x.incoming) + j * outputs_ + column);
@@ -329,10 +406,22 @@ class Backward {
       }
   }
 
+  // What a chunk's tokens give to the layer's input.
+  void input_gradient(const RnnTeam& team, const RnnOrder& order, int64_t layer, int d, const Direction& x, const Chunk& chunk) const {
+    if (!needs_input_gradient(layer)) return;
+    const int64_t begin = order.first[chunk.begin];
+    const Range mine = team.share(d, order.first[chunk.end] - begin);
+    if (mine.begin >= mine.end) return;
+    Product q{};
+    q.depth = gate_row_, q.a = chunk.grads.dx + mine.begin * gate_row_, q.a_row = gate_row_, q.w = packed(layer, d).w_ih;
+    q.c = x.grad_input + (begin + mine.begin) * input_row_, q.c_row = input_row_;
+    packed_product(kPlain, gate_row_, 0, q, mine.end - mine.begin, 0, layer_room(layer) / kLanes);
+  }
+
   // What the directions give to the layer's input, added up: for the layer below in its directions' step order, for the
   // first layer in the caller's order.
   void merge_input_gradient(Range mine, const RnnOrder& order, const Part& part, int64_t layer) const {
-    const int64_t depth = p_.layer_input(layer), room = layer_room(layer), size = p_.output();
+    const int64_t depth = p_.layer_input(layer), size = p_.output();
     for (int64_t j = mine.begin; j < mine.end; ++j)
       for (int64_t t = 0; t < p_.steps; ++t) {
         const int64_t end = order.length[j] - 1, row = order.row[j];
@@ -341,12 +430,12 @@ class Backward {
           if (x_row) memset(x_row, 0, static_cast<size_t>(depth) * 4);
           continue;
         }
-        const float* one = part.direction[0].grad_input + (order.first[t] + j) * room;
+        const float* one = part.direction[0].grad_input + (order.first[t] + j) * input_row_;
         if (p_.directions == 1) {
           memcpy(x_row, one, static_cast<size_t>(depth) * 4);
           continue;
         }
-        const float* two = part.direction[1].grad_input + (order.first[end - t] + j) * room;
+        const float* two = part.direction[1].grad_input + (order.first[end - t] + j) * input_row_;
         for (int d = 0; d < (layer ? 2 : 1); ++d) {
           float* to = x_row ? x_row : part.grad_below + ((order.first[d == 0 ? t : end - t] + j) * 2 + d) * size;
           const int64_t from = d * size, count = x_row ? depth : size;
@@ -355,59 +444,55 @@ class Backward {
       }
   }
 
-  // This thread's share of the gradients of one layer's weights.
-  void weight_gradients(int64_t layer, int thread, int threads) const {
-    for (int d = 0; d < p_.directions; ++d) {
-      const interfuse_rnn_weights& grad = a_.grad_weights[layer * p_.directions + d];
-      const bool same = !Cell::kTwoSums;  // one sum serves both biases
-      const OuterTarget w_ih{Cell::kGates, p_.hidden, p_.layer_input(layer), gate_row_, grad.w_ih, grad.b_ih, same ? grad.b_hh : nullptr};
-      const OuterTarget w_hh{Cell::kGates, p_.hidden, p_.output(), gate_row_, grad.w_hh, same ? nullptr : grad.b_hh, nullptr};
-      const OuterTarget w_hr{1, p_.projection, p_.hidden, outputs_, grad.w_hr, nullptr, nullptr};
-      const Range mine = share(blocks_, thread, threads);
-      outer(w_ih, layer, d, Factor::input, mine);
-      outer(w_hh, layer, d, Factor::before, mine);
-      outer(w_hr, layer, d, Factor::hidden, share(outputs_ / kLanes, thread, threads));
-    }
-  }
-
-  enum class Factor { input, before, hidden };  // what the gradients are multiplied by: x, the h before, the projected h
-
-  void outer(const OuterTarget& to, int64_t layer, int d, Factor factor, Range mine) const {
-    if ((!to.weight && !to.bias && !to.other_bias) || mine.begin >= mine.end) return;
-    const float* columns[kOuterTokens];
-    bool first = true;
-    for (int64_t i = 0; i < parts_.count; ++i) {
-      const RnnOrder& order = parts_.part[i];
-      const Part part = part_at(i);
-      const Direction& x = part.direction[d];
-      const Kept saved = kept(order, part, layer, d);
-      const float* input = direct_input(layer) ? kept(order, part, layer - 1, 0).output : x.input;
-      const float* grads = factor == Factor::input ? x.dx : factor == Factor::before ? x.dsum : x.doutput;
-      int64_t s = 0;
-      for (int64_t begin = 0; begin < order.tokens; begin += kOuterTokens) {
-        const int64_t count = order.tokens - begin < kOuterTokens ? order.tokens - begin : kOuterTokens;
-        for (int64_t n = 0; n < count; ++n) {
-          const int64_t token = begin + n;
-          while (order.first[s + 1] <= token) ++s;
-          const int64_t j = token - order.first[s];
-          columns[n] = factor == Factor::input    ? input + token * layer_room(layer)
-                       : factor == Factor::hidden ? saved.hidden + token * units_
-                       : s                        ? saved.output + (order.first[s - 1] + j) * outputs_
-                                                  : x.h_start + j * outputs_;
+  // Adds what a chunk's tokens give to the gradients of the weights (first: begins with it), this thread's share of them.
+  void weight_gradients(const RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d, const Chunk& chunk,
+                        const interfuse_rnn_weights& sums, bool first) const {
+    const Direction& x = part.direction[d];
+    const Kept saved = kept(order, part, layer, d);
+    const RnnInput input{p_, order, a_.in, {layer ? kept(order, part, layer - 1, 0).output : nullptr,
+                         layer && p_.directions == 2 ? kept(order, part, layer - 1, 1).output : nullptr}, outputs_};
+    const bool same = !Cell::kTwoSums;  // one sum serves both biases
+    const OuterTarget of_gates[] = {
+        {Cell::kGates, p_.hidden, p_.layer_input(layer), sums.w_ih, sums.b_ih, same ? sums.b_hh : nullptr},
+        {Cell::kGates, p_.hidden, p_.output(), sums.w_hh, same ? nullptr : sums.b_hh, nullptr}};
+    const OuterTarget of_projection{1, p_.projection, p_.hidden, sums.w_hr, nullptr, nullptr};
+    const Range mine = team.share(d, blocks_), out = team.share(d, outputs_ / kLanes);
+    const float *inputs[kOuterTokens], *before[kOuterTokens], *hidden[kOuterTokens];
+    const int64_t start = order.first[chunk.begin], tokens = order.first[chunk.end] - start;
+    int64_t s = chunk.begin, done = 0;
+    do {
+      const int64_t count = tokens - done < kOuterTokens ? tokens - done : kOuterTokens;
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t token = start + done + n;
+        while (order.first[s + 1] <= token) ++s;
+        const int64_t j = token - order.first[s];
+        inputs[n] = input.row(d, s, j);
+        if (!inputs[n]) {
+          float* copy = x.input + n * layer_room(layer);
+          input.copy(d, s, j, copy);
+          inputs[n] = copy;
         }
-        outer_product(to, {grads + begin * to.grads_row, count, columns}, mine, first);
-        first = false;
+        before[n] = s ? saved.output + (order.first[s - 1] + j) * outputs_ : x.h_start + j * outputs_;
+        hidden[n] = saved.hidden + token * units_;
       }
-    }
-    if (first) outer_product(to, {memory_, 0, columns}, mine, true);  // no token: zeros
+      const float *dx = chunk.grads.dx + done * gate_row_, *dsum = chunk.grads.dsum + done * gate_row_;
+      const OuterSource from_gates[] = {{dx, gate_row_, inputs}, {dsum, gate_row_, before}};
+      outer_products(of_gates, from_gates, 2, count, mine, first);
+      const OuterSource from_projection{chunk.grads.doutput + done * outputs_, outputs_, hidden};
+      if (p_.projection) outer_products(&of_projection, &from_projection, 1, count, out, first);
+      done += count;
+      first = false;
+    } while (done < tokens);
   }
 
   const Rnn& p_;
   const RnnParts& parts_;
   const RnnBackward& a_;
   const int64_t units_, outputs_, blocks_, gate_row_;
+  const int64_t input_row_;  // of the input's gradient, alike in all layers: a layer's takes the place of the one's above
   const int threads_;
-  float *memory_ = nullptr, *packs_ = nullptr;
+  int64_t sums_room_ = 0;
+  float *memory_ = nullptr, *packs_ = nullptr, *sums_ = nullptr;
   RnnFlags flags_;
 };
 

@@ -50,32 +50,33 @@ void tiles(Tile t, int64_t rows) {
   for (; rows >= 1; next(1)) tile<1, Vectors>(t);
 }
 
-// The columns' rows as panels of four vectors and then of one: [panel][token][vector][lane].
-void pack_columns(const OuterChunk& chunk, int64_t vectors, float* to) {
-  const int64_t fours = vectors / 4;
-  for (int64_t token = 0; token < chunk.tokens; ++token) {
-    const float* from = chunk.columns[token];
-    for (int64_t panel = 0; panel < fours; ++panel) {
-      float* row = to + (panel * chunk.tokens + token) * 4 * kLanes;
-      for (int v = 0; v < 4; ++v) store(row + v * kLanes, load(from + (panel * 4 + v) * kLanes));
+// The columns' rows as panels of four vectors and then of one: [panel][token][vector][lane], zeros beyond the last.
+void pack_columns(const OuterSource& from, int64_t tokens, int64_t columns, float* to) {
+  const int64_t vectors = padded(columns) / kLanes, fours = vectors / 4;
+  const int64_t whole = columns / kLanes;  // vectors that may be read as such
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* row = from.columns[token];
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* at = v < fours * 4 ? to + ((v / 4 * tokens + token) * 4 + v % 4) * kLanes : to + (v * tokens + token) * kLanes;
+      store(at, v < whole ? load(row + v * kLanes) : load_first(row + v * kLanes, static_cast<int>(columns - v * kLanes)));
     }
-    for (int64_t v = fours * 4; v < vectors; ++v) store(to + (v * chunk.tokens + token) * kLanes, load(from + v * kLanes));
   }
 }
 
-// One unit block's gradients, [token][gate][lane], and their sums over the tokens.
-void pack_grads(const OuterTarget& to, const OuterChunk& chunk, int64_t block, bool first, float* packed) {
-  const int64_t left = to.units - block * kLanes;
+// One unit block's gradients, [token][gate][lane].
+void pack_grads(const OuterSource& from, int64_t tokens, int64_t gates, int64_t block, float* packed) {
+  const float* row = from.grads + block * gates * kLanes;
+  for (int64_t token = 0; token < tokens; ++token, row += from.grads_row)
+    for (int64_t gate = 0; gate < gates; ++gate, packed += kLanes) store(packed, load(row + gate * kLanes));
+}
+
+// Their sums over the tokens.
+void add_biases(const OuterTarget& to, const float* packed, int64_t tokens, int64_t block, bool first) {
+  const int64_t left = to.units - block * kLanes, step = to.gates * kLanes;
   const int width = left < kLanes ? static_cast<int>(left) : kLanes;
   for (int64_t gate = 0; gate < to.gates; ++gate) {
-    const float* from = chunk.grads + (block * to.gates + gate) * kLanes;
-    float* row = packed + gate * kLanes;
     Vec sum = zero();
-    for (int64_t token = 0; token < chunk.tokens; ++token) {
-      const Vec value = load(from + token * to.grads_row);
-      store(row + token * to.gates * kLanes, value);
-      sum += value;
-    }
+    for (int64_t token = 0; token < tokens; ++token) sum += load(packed + token * step + gate * kLanes);
     const int64_t at = gate * to.units + block * kLanes;
     float* const biases[] = {to.bias, to.other_bias};
     for (float* bias : biases)
@@ -83,30 +84,44 @@ void pack_grads(const OuterTarget& to, const OuterChunk& chunk, int64_t block, b
   }
 }
 
+// One unit block's rows of a weight's gradient.
+void add_block(const OuterTarget& to, const float* packed, const float* columns, int64_t tokens, int64_t block, bool first) {
+  const int64_t left = to.units - block * kLanes, rows = left < kLanes ? left : kLanes;
+  const int64_t vectors = padded(to.columns) / kLanes, step = to.gates * kLanes;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t panel = vectors - v >= 4 ? 4 : 1, end = to.columns - (v + panel) * kLanes;
+    Tile t{tokens, packed, step, columns + v * tokens * kLanes, to.weight + block * kLanes * to.columns + v * kLanes,
+           to.columns, end < 0 ? static_cast<int>(end + kLanes) : kLanes, first};
+    for (int64_t gate = 0; gate < to.gates; ++gate, t.a += kLanes, t.c += to.units * to.columns)
+      if (panel == 4)
+        tiles<4>(t, rows);
+      else
+        tiles<1>(t, rows);
+    v += panel;
+  }
+}
+
 }  // namespace
 
-void outer_product(const OuterTarget& to, const OuterChunk& chunk, Range mine, bool first) {
-  if (mine.begin >= mine.end) return;
-  const int64_t vectors = padded(to.columns) / kLanes, step = to.gates * kLanes;
-  float* packed = scratch_floats(Slot::weight, kOuterTokens * (step + vectors * kLanes));
-  float* columns = packed + kOuterTokens * step;
-  if (to.weight) pack_columns(chunk, vectors, columns);
-  for (int64_t block = mine.begin; block < mine.end; ++block) {
-    pack_grads(to, chunk, block, first, packed);
-    if (!to.weight) continue;
-    const int64_t left = to.units - block * kLanes, rows = left < kLanes ? left : kLanes;
-    for (int64_t v = 0; v < vectors;) {
-      const int64_t panel = vectors - v >= 4 ? 4 : 1, end = to.columns - (v + panel) * kLanes;
-      Tile t{chunk.tokens, packed, step, columns + v * chunk.tokens * kLanes, to.weight + block * kLanes * to.columns + v * kLanes,
-             to.columns, end < 0 ? static_cast<int>(end + kLanes) : kLanes, first};
-      for (int64_t gate = 0; gate < to.gates; ++gate, t.a += kLanes, t.c += to.units * to.columns)
-        if (panel == 4)
-          tiles<4>(t, rows);
-        else
-          tiles<1>(t, rows);
-      v += panel;
-    }
+void outer_products(const OuterTarget* to, const OuterSource* from, int count, int64_t tokens, Range mine, bool first) {
+  bool any = false;
+  int64_t room = 0;
+  for (int i = 0; i < count; ++i) {
+    any = any || to[i].weight || to[i].bias || to[i].other_bias;
+    room += padded(to[i].columns);
   }
+  if (!any || mine.begin >= mine.end) return;
+  float* packed = scratch_floats(Slot::weight, kOuterTokens * (to[0].gates * kLanes + room));
+  float* columns[2] = {packed + kOuterTokens * to[0].gates * kLanes};
+  columns[1] = columns[0] + kOuterTokens * padded(to[0].columns);
+  for (int i = 0; i < count; ++i)
+    if (to[i].weight) pack_columns(from[i], tokens, to[i].columns, columns[i]);
+  for (int64_t block = mine.begin; block < mine.end; ++block)
+    for (int i = 0; i < count; ++i) {
+      if (i == 0 || from[i].grads != from[i - 1].grads) pack_grads(from[i], tokens, to[i].gates, block, packed);
+      if (to[i].bias || to[i].other_bias) add_biases(to[i], packed, tokens, block, first);
+      if (to[i].weight) add_block(to[i], packed, columns[i], tokens, block, first);
+    }
 }
 
 }  // namespace INTERFUSE_ISA

@@ -54,22 +54,23 @@ inline void pack_gates(const float* w, int64_t gates, int64_t units, int64_t dep
   }
 }
 
-// The same weight for products with the gates' gradient: its vectors are columns, its k is [unit block][gate][lane].
-inline void pack_gates_transposed(const float* w, int64_t gates, int64_t units, int64_t columns, Range vectors, float* to) {
-  const Packing packing{1, false};
-  const int64_t depth = padded(units) * gates;
-  for (int64_t v = vectors.begin; v < vectors.end; ++v) {
-    const PackPlace place(packing, padded(columns) / kLanes, depth, v);
-    float* column = to + place.at;
-    const int64_t left = columns - v * kLanes;
+// The same weight for products with the gates' gradient: its vectors are columns, its k is [unit block][gate][lane]. `mine`
+// are whole panels: of four vectors, as many as there are, then of one.
+inline void pack_gates_transposed(const float* w, int64_t gates, int64_t units, int64_t columns, Range mine, float* to) {
+  const int64_t depth = padded(units) * gates, vectors = padded(columns) / kLanes;
+  for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+    const int64_t fours = vectors / 4, count = panel < fours ? 4 : 1, v = panel < fours ? panel * 4 : fours * 3 + panel;
+    const int64_t left = columns - (v + count - 1) * kLanes, last = (count - 1) * kLanes;
     const int width = left < kLanes ? static_cast<int>(left) : kLanes;
+    float* place = to + v * depth * kLanes;
     if (units % kLanes)  // the lanes beyond the last unit are never written below
-      for (int64_t k = 0; k < depth; ++k) store(column + k * place.step, zero());
+      memset(place, 0, static_cast<size_t>(count * depth * kLanes) * 4);
     for (int64_t gate = 0; gate < gates; ++gate)
       for (int64_t unit = 0; unit < units; ++unit) {
-        const int64_t k = (unit / kLanes * gates + gate) * kLanes + unit % kLanes;
         const float* from = w + (gate * units + unit) * columns + v * kLanes;
-        store(column + k * place.step, width == kLanes ? load(from) : load_first(from, width));
+        float* row = place + ((unit / kLanes * gates + gate) * kLanes + unit % kLanes) * count * kLanes;
+        for (int64_t i = 0; i < last; i += kLanes) store(row + i, load(from + i));
+        store(row + last, width == kLanes ? load(from + last) : load_first(from + last, width));
       }
   }
 }

@@ -47,13 +47,19 @@ struct RnnInput {
     return direction == 0 && order.rows == 1 && !p.vocabulary ? in->x + order.row[0] * p.x_row + s * p.x_step : nullptr;
   }
 
+  // Row j of step s where it lies in one piece, or null.
+  INTERFUSE_INLINE const float* row(int direction, int64_t s, int64_t j) const {
+    if (below[0]) return p.directions == 1 ? below[0] + (order.first[s] + j) * below_row : nullptr;
+    const int64_t at = order.time_of(direction, s, j) * p.x_step + order.row[j] * p.x_row;
+    return in->x + (p.vocabulary ? in->ids[at] * p.input : at);
+  }
+
   INTERFUSE_INLINE void copy(int direction, int64_t s, int64_t j, float* to) const {
-    const int64_t t = order.time_of(direction, s, j);
     if (!below[0]) {
-      const int64_t at = t * p.x_step + order.row[j] * p.x_row;
-      memcpy(to, in->x + (p.vocabulary ? in->ids[at] * p.input : at), static_cast<size_t>(p.input) * 4);
+      memcpy(to, row(direction, s, j), static_cast<size_t>(p.input) * 4);
       return;
     }
+    const int64_t t = order.time_of(direction, s, j);
     for (int d = 0; d < p.directions; ++d) {
       // The step at which direction d stood at time t.
       const int64_t step = d == 0 ? t : order.length[j] - 1 - t;
