@@ -81,9 +81,22 @@ int64_t parts_for(const Rnn& p, const int64_t* lengths, int threads) {
   return threads > 1 && bytes <= kBytes && tokens >= kRows * threads * p.steps ? threads : 1;
 }
 
-// Behind what the kernels keep of the tokens stands the number of parts that forward made, which backward must follow.
-// It has a float for each token, so that the whole is a multiple of their number.
-int64_t parts_place(const RnnKernels& kernels, const Rnn& p) { return kernels.reserve(p, p.batch * p.steps); }
+// Behind what the kernels keep of the tokens stands the number of parts that forward made, which backward must follow,
+// once for each token, so that the whole is a multiple of their number. A recorded graph holds the size of the whole and
+// may run on another machine: the room is that of the widest vectors, whatever this one has.
+int64_t parts_place(const Rnn& p) {
+  const auto padded = [](int64_t count) { return (count + 15) / 16 * 16; };
+  const int64_t units = padded(p.hidden), gates = p.gates() == 3 ? 4 : p.gates();
+  const int64_t token = units * (gates + (p.cell == INTERFUSE_LSTM) + (p.projection > 0)) + padded(p.output());
+  return p.batch * p.steps * token * p.layers * p.directions;
+}
+
+// What the instruction set does not use of that, and the number of parts.
+void fill_rest(const RnnKernels& kernels, const Rnn& p, int64_t parts, float* reserve) {
+  float* const place = reserve + parts_place(p);
+  std::fill(reserve + kernels.reserve(p, p.batch * p.steps), place, 0.f);
+  std::fill_n(place, p.batch * p.steps, static_cast<float>(parts));
+}
 
 void check_ids(const Rnn& p, const int64_t* lengths, const int64_t* ids) {
   if (!p.vocabulary) return;
@@ -169,7 +182,7 @@ void interfuse_rnn_destroy(interfuse_rnn* plan) { delete plan; }
 int64_t interfuse_rnn_reserve(const interfuse_rnn* plan) {
   using namespace interfuse;
   const Rnn& p = plan->problem;
-  return p.save ? parts_place(*plan->kernels, p) + p.batch * p.steps : 0;
+  return p.save ? parts_place(p) + p.batch * p.steps : 0;
 }
 
 interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfuse_rnn_sequences* sequences,
@@ -188,8 +201,7 @@ interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfus
     check_ids(p, sequences->lengths, sequences->ids);
     const int team = std::min(usable_threads(threads), kMostRnnThreads);
     const Parts parts(p, sequences->lengths, parts_for(p, sequences->lengths, team));
-    if (p.save && p.steps)  // every one of them: nothing that is saved stays unwritten
-      std::fill_n(reserve + parts_place(*plan->kernels, p), p.batch * p.steps, static_cast<float>(parts.all().count));
+    if (p.save && p.steps) fill_rest(*plan->kernels, p, parts.all().count, reserve);
     plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team});
   });
 }
@@ -210,7 +222,7 @@ interfuse_status interfuse_rnn_backward(const interfuse_rnn* plan, const interfu
     check_ids(p, sequences->lengths, sequences->ids);
     int64_t count = 1;
     if (p.batch && p.steps) {
-      const float made = reserve[parts_place(*plan->kernels, p)];
+      const float made = reserve[parts_place(p)];
       if (!(made >= 1 && made <= static_cast<float>(p.batch)))
         invalid("rnn: backward was given a reserve that no forward of this plan has written; pass forward's.");
       count = static_cast<int64_t>(made);

@@ -349,6 +349,19 @@ TEST(rnn_backward_leaves_out_what_is_null) {
   }
 }
 
+// A graph recorded on one machine may run on another.
+TEST(rnn_reserve_is_alike_on_every_instruction_set) {
+  interfuse_rnn_spec spec;
+  interfuse_rnn_defaults(&spec);
+  spec.cell = INTERFUSE_LSTM, spec.save = 1, spec.layers = 2;
+  spec.batch = 2, spec.steps = 3, spec.input_size = 5, spec.hidden_size = 20;
+  interfuse_rnn* plan = nullptr;
+  CHECK_EQUAL(interfuse_rnn_create(&spec, &plan), INTERFUSE_OK);
+  // For each token and layer four gates, cell and output of 32 units, and one float for the token.
+  CHECK_EQUAL(interfuse_rnn_reserve(plan), 6 * (2 * 32 * 6 + 1));
+  interfuse_rnn_destroy(plan);
+}
+
 TEST(rnn_refuses_with_a_sentence) {
   interfuse_rnn_spec spec;
   interfuse_rnn* plan = nullptr;
