@@ -37,6 +37,11 @@ FLOAT64 = 1e-13
 # Our error at "highest" is at most this many times torch's own, as long as torch's is above its own rounding.
 TIMES_TORCH = 2.0
 
+# Whole models of a dozen layers in float32: each layer's bound, added up. Gradients pass them twice, and
+# those of first layers sum over every position of a picture, where most of the terms cancel.
+MODEL = 5e-6
+MODEL_GRADIENT = 1e-4
+
 
 def error(ours: Tensor, truth: Tensor) -> float:
     """The relative Frobenius error; infinite where shapes differ, or NaNs and infinities do."""

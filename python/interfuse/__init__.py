@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the native core then shares)
 
-from interfuse import nn, ops
+from interfuse import data, models, nn, ops, train
 from interfuse.numerics import get_precision, precision, set_precision
 from interfuse.optimize import explain, optimize, restore
 
@@ -10,12 +10,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "data",
     "explain",
     "get_precision",
+    "models",
     "nn",
     "ops",
     "optimize",
     "precision",
     "restore",
     "set_precision",
+    "train",
 ]

@@ -1,5 +1,34 @@
-"""The documented models, in plain torch: interfuse.optimize() makes them fast like any other model."""
+"""The documented models, on interfuse's modules or, with layers="torch", on torch's: docs/models.md."""
 
-from interfuse.models.cnn import cnn_blocks
+from interfuse.models.autoencoder import MultimodalAutoencoder
+from interfuse.models.cnn import ConvEncoder, cnn, cnn3d, cnn_blocks, smallest_size
+from interfuse.models.fusion import Fusion, image_text_fusion, video_audio_fusion
+from interfuse.models.hierarchical import HierarchicalAttentionNetwork
+from interfuse.models.recurrent import SequenceEncoder, lstm, rnn
+from interfuse.models.siamese import SiameseNetwork
+from interfuse.models.transfer import Transfer, freeze, thaw, transfer
+from interfuse.models.transformer import CrossModalTransformer
+from interfuse.models.trimodal import TriModalFusion
 
-__all__ = ["cnn_blocks"]
+__all__ = [
+    "ConvEncoder",
+    "CrossModalTransformer",
+    "Fusion",
+    "HierarchicalAttentionNetwork",
+    "MultimodalAutoencoder",
+    "SequenceEncoder",
+    "SiameseNetwork",
+    "Transfer",
+    "TriModalFusion",
+    "cnn",
+    "cnn3d",
+    "cnn_blocks",
+    "freeze",
+    "image_text_fusion",
+    "lstm",
+    "rnn",
+    "smallest_size",
+    "thaw",
+    "transfer",
+    "video_audio_fusion",
+]
