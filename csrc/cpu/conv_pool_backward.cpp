@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kTileBytes = 30 << 10;           // of x, beside lists and sums in a first-level cache of 32 or 48 KiB
 constexpr int64_t kPartialFloats = 8 << 20;        // of all threads' weight gradients together
 constexpr int64_t kGradientFloats = 64 << 10;      // of a strip whose pixels are all written out
+constexpr int64_t kPlanesFloats = 32 << 10;        // of a strip's planes of x, and of grad_x, about
+constexpr int64_t kLeastWindows = 64;              // of such a strip
 constexpr int64_t kPointFloats = (int64_t(768) << 10) / 4;  // of a strip in Winograd's points
 constexpr int64_t kLeastTiles = 48;                // of such a strip: each reads and writes all the weight's points
 // Transforming, clearing and summing the weight's points must pay: so many tiles to a thread at least, and more where
@@ -29,12 +31,22 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void set(int64_t to[3], const Triple& t) { to[0] = t.d, to[1] = t.h, to[2] = t.w; }
 
+// Patches of x that are a few vectors long, and enough output channels that share one: building it must pay. Windows lie
+// side by side, so that each pixel is in one at most.
+bool takes_patches(const ConvPool& p) {
+  const bool side_by_side = p.window_stride.d == p.window.d && p.window_stride.h == p.window.h && p.window_stride.w == p.window.w &&
+                            p.window_pad.d == 0 && p.window_pad.h == 0 && p.window_pad.w == 0;
+  return side_by_side && p.groups == 1 && 2 * p.group_in <= kLanes && p.group_out >= 16 &&
+         p.group_in * p.kernel.volume() <= kMostPatchVectors * kLanes;
+}
+
 // Sparse only behind a max pool that leaves less than a third of the pixels: per nonzero its kernels need about twice
 // the time of the dense ones. With few channels most of a vector of channels would be empty, and planes win unless the
 // pool leaves very little.
 Method choose_method(const ConvPool& p) {
   const bool sparse = p.pool == INTERFUSE_POOL_MAX && 3 * p.out.volume() <= p.conv.volume();
   const int64_t vectors = divide_up(p.group_in, kLanes);
+  if (sparse && takes_patches(p)) return Method::patches;
   if (sparse) return 5 * p.group_in * p.conv.volume() < 6 * vectors * kLanes * p.out.volume() ? Method::planes : Method::sparse;
   return 2 * p.group_in <= vectors * kLanes ? Method::planes : Method::dense;
 }
@@ -88,7 +100,7 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   plan.p = &p;
   plan.a = &a;
   plan.method = method;
-  const bool sparse = method == Method::sparse, planes = method == Method::planes;
+  const bool sparse = method == Method::sparse, planes = method == Method::planes, patches = method == Method::patches;
   set(plan.in, p.in), set(plan.conv, p.conv), set(plan.kernel, p.kernel);
   set(plan.stride, p.stride), set(plan.dilation, p.dilation), set(plan.pad, p.pad_lo);
   plan.uncovered_columns = p.window_stride.w > p.window.w || (p.out.w - 1) * p.window_stride.w - p.window_pad.w + p.window.w < p.conv.w;
@@ -111,11 +123,15 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
     return plan;
   }
   plan.lanes = p.group_in > kLanes && divide_up(p.group_in, kLanes) % 2 == 0 ? 2 * kLanes : kLanes;
-  plan.chunks = planes ? 1 : divide_up(p.group_in, plan.lanes);
+  plan.chunks = plan.in_planes() ? 1 : divide_up(p.group_in, plan.lanes);
   plan.k_padded = method == Method::dense ? divide_up(p.group_out, kBlock) * kBlock : p.group_out;
   if (sparse) {
     set_windows(plan, p.out, p.window, p.window_stride, p.window_pad);
     choose_tile(plan, p.batch);
+  } else if (patches) {
+    plan.patch = divide_up(p.group_in * plan.taps, kLanes) * kLanes;
+    set_windows(plan, p.out, p.window, p.window_stride, none);
+    choose_strip(plan, p.batch, most(kPlanesFloats / (p.group_in * p.stride.volume() * p.window.volume()), kLeastWindows));
   } else {
     set_windows(plan, p.conv, one, one, none);
     const int64_t channels = plan.unit_groups * (p.group_out + (planes ? p.group_in : 0));

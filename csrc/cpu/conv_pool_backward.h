@@ -19,6 +19,8 @@ enum class Method {
   dense,
   // As dense, but with vectors along the width, for few input channels.
   planes,
+  // As sparse, for few input channels: a patch of x, of all channels and taps, is a few vectors.
+  patches,
   // As dense, but in the points of Winograd's tiles.
   winograd
 };
@@ -28,7 +30,7 @@ struct BackwardPlan {
   const ConvPoolBackward* a;
   Method method;
   int64_t in[3], conv[3], kernel[3], stride[3], dilation[3], pad[3];  // (depth, height, width)
-  // Pooling windows; but for the sparse method the convolution's pixels, as windows of one, and for winograd its tiles.
+  // Pooling windows for sparse and patches; the convolution's pixels, as windows of one, or winograd's tiles.
   int64_t count[3], window[3], window_stride[3], window_pad[3];
   bool uncovered_columns;                 // pooling windows leave gaps along the width, or an end
   int axis;                               // strips follow each other along it
@@ -38,20 +40,24 @@ struct BackwardPlan {
   int64_t taps, lanes, chunks;            // lanes: channels of a chunk, a multiple of the vector's
   int depth_points;                       // winograd: points of a tile along the depth
   int64_t panel;                          // winograd: input channels of a register tile
+  int64_t patch;                          // patches: floats of one, in whole vectors
   int64_t k_padded;                       // output channels of a group, rounded up to what the kernels take
   // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane], planes [group][tap][k][c],
-  // winograd [group][point][panel of c][k][c of the panel]
+  // patches [k][place in the patch], winograd [group][point][panel of c][k][c of the panel]
   float* packed_weight;
-  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane], winograd [part][group][point][k][c];
-  // parts and planes' lanes are summed at the end.
+  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane], winograd [part][group][point][k][c],
+  // patches [part][k][place in the patch]; parts and planes' lanes are summed at the end.
   float* grad_weight;
   double* grad_bias;                      // [part][channel]
   uint8_t* broken;                        // winograd: set where a gradient came out that is not finite
 
   int64_t weight_floats() const {
     if (method == Method::planes) return p->out_channels * p->group_in * taps * kLanes;
+    if (method == Method::patches) return p->out_channels * patch;
     return p->groups * chunks * k_padded * lanes * (method == Method::winograd ? depth_points * 36 : taps);
   }
+  // Strips hold one plane of x per channel, not pixels of channels.
+  bool in_planes() const { return method == Method::planes || method == Method::patches; }
   // The convolution's pixels along an axis: winograd's tiles are whole, even if they reach beyond.
   int64_t extent(int i) const { return method == Method::winograd ? count[i] * window[i] : conv[i]; }
   void mark_broken() const { __atomic_store_n(broken, uint8_t(1), __ATOMIC_RELAXED); }
@@ -156,6 +162,16 @@ struct PlaneSource {
 void planes_input_gradient(const BackwardPlan&, const Strip&, const Planes&, const float* gradient, int64_t channels,
                            const float* weight, float* grad_x, PlaneSource* sources);
 
+// ---- conv_pool_backward_patches.cpp: few input channels, only the winners of max pooling ----------------------------
+
+// The most vectors of a patch, of all input channels and taps.
+constexpr int kMostPatchVectors = kLanes == 16 ? 4 : 8;
+
+int64_t patches_floats(const BackwardPlan&, int64_t channels);  // of the working space
+// Adds to the sums of output channels first.. and to the strip's planes of grad_x; any may be NULL.
+void patches_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels, const float* x,
+                       float* sums, float* grad_x, double* biases, float* memory);
+
 // ---- conv_pool_backward_winograd.cpp, _winograd_pack.cpp: the points of Winograd's tiles ---------------------------
 
 // The tiles of a strip, their windows of pooling (single pixels without), and where their points lie.
@@ -171,7 +187,10 @@ TileStrip tiles_of(const BackwardPlan&, const Strip&);
 int64_t winograd_floats(const TileStrip&);  // of winograd_gradients' working space
 // The product of the rows behind the last tile is not used, but must not be slow.
 void clear_spare_rows(const TileStrip&, float* memory);
-// Every window's gradient and its winner's place in it.
+// The gradients of `run` windows side by side, whose first output is element `first`, and their winners' places in them
+// (kNoGradient or anything where relu let nothing through), as [window][k_lanes].
+void window_row(const BackwardPlan&, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, int32_t* places);
+// The same of every window of a strip.
 void window_gradients(const BackwardPlan&, const Strip&, const TileStrip&, int64_t first_channel, int64_t channels, float* values, int32_t* places);
 // Adds to one group's sums and to the strip's grad_x; either may be NULL.
 void winograd_gradients(const BackwardPlan&, const Strip&, const TileStrip&, const float* values, const int32_t* places, const float* x,

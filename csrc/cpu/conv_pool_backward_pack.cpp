@@ -125,9 +125,24 @@ void pack_planes_weight(const BackwardPlan& plan, int thread, int threads) {
   }
 }
 
+// [k][c][tap], and zeros to whole vectors
+template <class T>
+void pack_patches_weight(const BackwardPlan& plan, int thread, int threads) {
+  const ConvPool& p = *plan.p;
+  const int64_t depth = p.group_in * plan.taps;
+  const Range mine = share(p.out_channels, thread, threads);
+  for (int64_t k = mine.begin; k < mine.end; ++k) {
+    const T* from = static_cast<const T*>(plan.a->weight) + k * depth;
+    float* to = plan.packed_weight + k * plan.patch;
+    for (int64_t i = 0; i < plan.patch; ++i)
+      to[i] = i < depth ? to_float(from[i / plan.taps * p.ws.c + i % plan.taps * p.ws.tap]) : 0.f;
+  }
+}
+
 template <class T>
 void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
   if (plan.method == Method::planes) return pack_planes_weight<T>(plan, thread, threads);
+  if (plan.method == Method::patches) return pack_patches_weight<T>(plan, thread, threads);
   const ConvPool& p = *plan.p;
   const Range mine = share(p.groups * plan.chunks * plan.k_padded, thread, threads);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
@@ -158,8 +173,22 @@ void store_planes_weight_gradient(const BackwardPlan& plan, int parts, int threa
 }
 
 template <class T>
+void store_patches_weight_gradient(const BackwardPlan& plan, int parts, int thread, int threads) {
+  const ConvPool& p = *plan.p;
+  const int64_t depth = p.group_in * plan.taps, size = plan.weight_floats();
+  const Range mine = share(p.out_channels, thread, threads);
+  for (int64_t k = mine.begin; k < mine.end; ++k)
+    for (int64_t i = 0; i < depth; ++i) {
+      float sum = plan.grad_weight[k * plan.patch + i];
+      for (int part = 1; part < parts; ++part) sum += plan.grad_weight[part * size + k * plan.patch + i];
+      put(static_cast<T*>(plan.a->grad_weight) + k * depth + i / plan.taps * p.ws.c + i % plan.taps * p.ws.tap, sum);
+    }
+}
+
+template <class T>
 void store_weight_gradient_as(const BackwardPlan& plan, int parts, int thread, int threads) {
   if (plan.method == Method::planes) return store_planes_weight_gradient<T>(plan, parts, thread, threads);
+  if (plan.method == Method::patches) return store_patches_weight_gradient<T>(plan, parts, thread, threads);
   const ConvPool& p = *plan.p;
   const int64_t size = plan.weight_floats();
   const Range mine = share(p.out_channels, thread, threads);

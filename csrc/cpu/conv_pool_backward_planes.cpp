@@ -112,8 +112,8 @@ Planes planes_of(const BackwardPlan& plan, const Strip& strip, int64_t channels)
   s.image = strip.size[0] * s.slice;
   s.channel = strip.images * s.image;
   for (int i = 0; i < 3; ++i) {
-    s.first[i] = i == plan.axis ? strip.begin : 0;
-    s.pixels[i] = i == plan.axis ? strip.end - strip.begin : plan.conv[i];
+    s.first[i] = i == plan.axis ? plan.first_pixel(strip.begin) : 0;
+    s.pixels[i] = i == plan.axis ? least(strip.end * plan.window_stride[i], plan.conv[i]) - s.first[i] : plan.conv[i];
   }
   s.left = divide_up(s.shift, kLanes) * kLanes;
   s.gradient_channel = s.left + s.columns;

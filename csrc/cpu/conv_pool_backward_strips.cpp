@@ -81,7 +81,7 @@ class Worker {
   void allocate() {
     Strip s = largest_strip();
     int64_t carried = s.floats / s.size[plan_.axis] * carry_rows();
-    if (plan_.method == Method::planes) {
+    if (plan_.in_planes()) {
       planes_ = planes_of(plan_, s, channels_);
       s.floats = in_channels() * planes_.channel;
       const Slab slab = slab_of(s, 0, carry_rows());
@@ -89,7 +89,8 @@ class Worker {
       const int64_t row = most(kLanes * 4, 2 * in_channels()) * most(plan_.in[2], plan_.conv[2]);
       sources_ = static_cast<PlaneSource*>(scratch(Slot::rows, static_cast<size_t>(plan_.taps) * sizeof(PlaneSource) + static_cast<size_t>(row) * sizeof(float)));
       row_ = reinterpret_cast<float*>(sources_ + plan_.taps);
-      gradient_ = scratch_floats(Slot::products, s.images * planes_.gradient_floats());
+      const bool patches = plan_.method == Method::patches;
+      gradient_ = scratch_floats(Slot::products, patches ? patches_floats(plan_, channels_) : s.images * planes_.gradient_floats());
     } else if (plan_.method == Method::dense) {
       const int64_t pixels = pixels_of(s), row = 2 * most(most(plan_.conv[2], p_.out.w), p_.group_out) + kLanes;
       gradient_ = scratch_floats(Slot::products, divide_up(channels_, kBlock) * kBlock * pixels);
@@ -126,6 +127,7 @@ class Worker {
     if (plan_.method == Method::dense) find_offsets(s);
     for (int64_t unit = task_.unit_begin; unit < task_.unit_end; ++unit)
       plan_.method == Method::planes     ? planes_unit(s, unit, weights, biases)
+      : plan_.method == Method::patches  ? patches_unit(s, weights, biases)
       : plan_.method == Method::winograd ? tiles_unit(s, unit, weights, biases)
                                          : packed_unit(s, unit, weights, biases);
     carried_ = most(s.lo[plan_.axis] + s.size[plan_.axis] - finished_end(s), 0);
@@ -187,6 +189,17 @@ class Worker {
     suspend(s, carry);
   }
 
+  void patches_unit(const Strip& s, bool weights, bool biases) {
+    planes_ = planes_of(plan_, s, channels_);
+    if (weights) pack_planes(plan_, s, planes_, 0, p_.in_channels, x_, row_);
+    if (task_.grad_x) resume(s, p_.in_channels * planes_.channel, carry_);
+    patches_gradients(plan_, s, planes_, task_.k_begin, channels_, x_, weights ? task_.grad_weight : nullptr,
+                      task_.grad_x ? grad_x_ : nullptr, biases ? task_.grad_bias : nullptr, gradient_);
+    if (!task_.grad_x) return;
+    store_planes(plan_, s, planes_, 0, p_.in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_, row_);
+    suspend(s, carry_);
+  }
+
   void tiles_unit(const Strip& s, int64_t group, bool weights, bool biases) {
     const TileStrip t = tiles_of(plan_, s);
     const int64_t first = group * p_.group_out, channel = group * p_.group_in, base = group * plan_.depth_points * 36 * plan_.lanes;
@@ -223,7 +236,7 @@ class Worker {
     int64_t start, count, step, length;
   };
   Slab slab_of(const Strip& s, int64_t row, int64_t rows) const {
-    if (plan_.method != Method::planes) {
+    if (!plan_.in_planes()) {
       int64_t count = s.images, length = plan_.lanes;
       for (int i = 0; i < plan_.axis; ++i) count *= s.size[i];
       for (int i = plan_.axis + 1; i < 3; ++i) length *= s.size[i];

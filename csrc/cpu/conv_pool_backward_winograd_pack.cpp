@@ -25,21 +25,20 @@ struct WindowSource {
   }
 };
 
-// One row of windows, whose first is (n, d, h, w): `run` of them exist.
 template <class T>
-void row_of_pixels(const BackwardPlan& plan, const WindowSource<T>& source, const TileStrip& t, int64_t first, int64_t channels, int64_t run,
+void row_of_pixels(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first, int64_t channels, int64_t run,
                    float* values, float* places) {
   for (int64_t w = 0; w < run; ++w)
     for (int64_t k = 0; k < channels; k += kLanes) {
       Vec value, place;
       source.take(first + w * plan.p->out_channels + k, channels - k, &value, &place);
-      store(values + w * t.k_lanes + k, value);
-      store(places + w * t.k_lanes + k, place);
+      store(values + w * k_lanes + k, value);
+      store(places + w * k_lanes + k, place);
     }
 }
 
 template <class T>
-void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, const TileStrip& t, int64_t first, int64_t channels, int64_t run,
+void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first, int64_t channels, int64_t run,
                    float* values, float* places) {
   const int64_t plane = plan.p->out.volume();
   for (int64_t k = 0; k < channels; k += kLanes)
@@ -52,16 +51,22 @@ void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, cons
       transpose(value);
       if (source.index) transpose(place);
       for (int64_t i = 0; i < least(kLanes, run - w); ++i) {
-        store(values + (w + i) * t.k_lanes + k, value[i]);
-        store(places + (w + i) * t.k_lanes + k, place[i]);
+        store(values + (w + i) * k_lanes + k, value[i]);
+        store(places + (w + i) * k_lanes + k, place[i]);
       }
     }
 }
 
 template <class T>
+void row_as(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, float* places) {
+  const WindowSource<T> source(plan);
+  plan.p->channels_last ? row_of_pixels(plan, source, k_lanes, first, channels, run, values, places)
+                        : row_of_planes(plan, source, k_lanes, first, channels, run, values, places);
+}
+
+template <class T>
 void windows_as(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel, int64_t channels, float* values, float* places) {
   const ConvPool& p = *plan.p;
-  const WindowSource<T> source(plan);
   const int64_t row = t.windows[2] * t.k_lanes, w = t.first_window[2];
   for (int64_t n = s.image; n < s.image + s.images; ++n)
     for (int64_t d = t.first_window[0]; d < t.first_window[0] + t.windows[0]; ++d)
@@ -72,9 +77,7 @@ void windows_as(const BackwardPlan& plan, const Strip& s, const TileStrip& t, in
         memset(values + run * t.k_lanes, 0, rest);
         memset(places + run * t.k_lanes, 0, rest);
         if (run == 0) continue;
-        const int64_t first = p.at(p.out, n, first_channel, d, h, w);
-        p.channels_last ? row_of_pixels(plan, source, t, first, channels, run, values, places)
-                        : row_of_planes(plan, source, t, first, channels, run, values, places);
+        row_as<T>(plan, p.at(p.out, n, first_channel, d, h, w), channels, run, t.k_lanes, values, places);
       }
 }
 
@@ -147,6 +150,12 @@ constexpr TileKernel kernels_of(bool bf16) {
 TileKernel tile_kernel(const BackwardPlan& plan) {
   const bool bf16 = plan.p->dtype == INTERFUSE_BFLOAT16;
   return plan.depth_points == 1 ? kernels_of<Winograd1>(bf16) : plan.depth_points == 4 ? kernels_of<Winograd2>(bf16) : kernels_of<Winograd4>(bf16);
+}
+
+void window_row(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, int32_t* places) {
+  float* as_floats = reinterpret_cast<float*>(places);
+  plan.p->dtype == INTERFUSE_FLOAT32 ? row_as<float>(plan, first, channels, run, k_lanes, values, as_floats)
+                                     : row_as<uint16_t>(plan, first, channels, run, k_lanes, values, as_floats);
 }
 
 void window_gradients(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel, int64_t channels, float* values, int32_t* places) {

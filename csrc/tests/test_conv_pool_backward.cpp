@@ -94,6 +94,25 @@ const Problem kPlanes[] = {
     {"3-D with a stride in depth", 1, 2, 5, 1, {7, 5, 17}, {3, 2, 2}, {2, 1, 2}, {1, 0, 1}, {1, 1, 0}, {1, 1, 1},
      INTERFUSE_LEAKY_RELU, kNone, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, 0, 1, 1},
 };
+
+// Few channels of input and many filters, behind max pools whose windows lie side by side.
+const Problem kPatches[] = {
+    {"first layer, more filters than a mask names, long image", 1, 3, 70, 1, {1, 131, 23}, {1, 3, 3}, {1, 1, 1},
+     {0, 1, 1}, {0, 1, 1}, {1, 1, 1},
+     INTERFUSE_RELU, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 1},
+    {"one channel, windows over the edge", 3, 1, 17, 1, {1, 15, 18}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}, {0, 2, 2},
+     {1, 1, 1},
+     INTERFUSE_NONE, kMax, {1, 2, 4}, {1, 2, 4}, {0, 0, 0}, 1, 1, 1},
+    {"strides, dilation, uneven padding, rows and columns without a window", 2, 2, 16, 1, {1, 31, 47}, {1, 3, 2},
+     {1, 2, 3}, {0, 2, 0}, {0, 1, 3}, {1, 2, 3},
+     INTERFUSE_SILU, kMax, {1, 2, 3}, {1, 2, 3}, {0, 0, 0}, 0, 1, 1},
+    {"many small images", 9, 2, 33, 1, {1, 6, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1},
+     INTERFUSE_TANH, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 0},
+    {"1-D", 2, 2, 18, 1, {1, 1, 323}, {1, 1, 7}, {1, 1, 1}, {0, 0, 3}, {0, 0, 3}, {1, 1, 1},
+     INTERFUSE_RELU, kMax, {1, 1, 3}, {1, 1, 3}, {0, 0, 0}, 0, 1, 1},
+    {"3-D", 2, 1, 20, 1, {7, 8, 19}, {3, 3, 3}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1},
+     INTERFUSE_RELU, kMax, {2, 2, 2}, {2, 2, 2}, {0, 0, 0}, 0, 1, 1},
+};
 // clang-format on
 
 template <size_t N>
@@ -116,6 +135,9 @@ TEST(conv_pool_sparse_backward_misaligned) { run_all(kSparse, kMisaligned); }
 TEST(conv_pool_dense_backward) { run_all(kDense, kExact); }
 TEST(conv_pool_dense_backward_split) { run_all(kDense, kSplit); }
 TEST(conv_pool_dense_backward_misaligned) { run_all(kDense, kMisaligned); }
+TEST(conv_pool_patches_backward) { run_all(kPatches, kExact); }
+TEST(conv_pool_patches_backward_split) { run_all(kPatches, kSplit); }
+TEST(conv_pool_patches_backward_misaligned) { run_all(kPatches, kMisaligned); }
 TEST(conv_pool_planes_backward) { run_all(kPlanes, kExact); }
 TEST(conv_pool_planes_backward_split) { run_all(kPlanes, kSplit); }
 TEST(conv_pool_planes_backward_misaligned) { run_all(kPlanes, kMisaligned); }
@@ -134,7 +156,7 @@ TEST(conv_pool_backward_of_a_large_weight) {
 
 // Integers are summed exactly, so whatever else is computed beside it, a gradient is the same to the last bit.
 TEST(conv_pool_backward_gives_each_gradient_alone) {
-  for (const Problem* problem : {&kSparse[0], &kDense[0], &kPlanes[0], &kPlanes[4]})
+  for (const Problem* problem : {&kSparse[0], &kDense[0], &kPlanes[1], &kPlanes[4], &kPatches[0]})
     for (bool channels_last : {false, true}) {
       const Context context(std::string(problem->name) + (channels_last ? ", channels last" : ", contiguous"));
       const interfuse_conv_pool_spec spec = spec_of(*problem, INTERFUSE_FLOAT32, channels_last, true);
