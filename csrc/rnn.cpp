@@ -77,7 +77,7 @@ int64_t parts_for(const Rnn& p, const int64_t* lengths, int threads) {
   constexpr int64_t kRows = 4, kBytes = int64_t(1) << 20;
   int64_t tokens = 0;
   for (int64_t b = 0; b < p.batch; ++b) tokens += lengths ? lengths[b] : p.steps;
-  const int64_t bytes = p.gates() * p.hidden * p.output() * (p.half_weights ? 2 : 4);
+  const int64_t bytes = p.gates() * p.hidden * p.output() * 4;
   return threads > 1 && bytes <= kBytes && tokens >= kRows * threads * p.steps ? threads : 1;
 }
 
@@ -202,7 +202,7 @@ interfuse_status interfuse_rnn_forward(const interfuse_rnn* plan, const interfus
     const int team = std::min(usable_threads(threads), kMostRnnThreads);
     const Parts parts(p, sequences->lengths, parts_for(p, sequences->lengths, team));
     if (p.save && p.steps) fill_rest(*plan->kernels, p, parts.all().count, reserve);
-    plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team});
+    plan->kernels->forward(p, parts.all(), {sequences, weights, y, hn, cn, reserve, team, nullptr});
   });
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -227,6 +228,24 @@ def test_token_ids_choose_rows_of_the_table() -> None:
     gradients = [torch.randn(4, 9, 20), torch.randn(1, 4, 20), torch.randn(1, 4, 20)]
     theirs = plain.backward(*gradients)
     assert all(torch.equal(grad, theirs[name]) for name, grad in looked_up.backward(*gradients).items())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", MODULES)
+def test_few_token_ids_are_looked_up_as_gates(cell: str, bidirectional: bool) -> None:
+    """Inference keeps the input's share of the gates by token, and sees every change of what it was made from."""
+    case = Case(cell=cell, batch=4, layers=2, ragged=True, bidirectional=bidirectional)
+    table, ids = torch.randn(11, case.inputs), torch.randint(0, 11, (case.batch, case.steps))
+    looked_up = replace(run_of(case), x=table, ids=ids)
+    module, outputs = looked_up.module, []
+    changes = (table, module.weight_ih_l0, module.bias_ih_l0, module.weight_hh_l0)
+    for changed in (None, *changes):
+        if changed is not None:
+            changed.data[0].add_(0.1)
+        outputs.append(looked_up.forward(save=False)[0])
+        plain = replace(looked_up, x=table[ids], ids=None)
+        assert_close(outputs[-1], truth_of(plain).outputs[0], allowed(case), "y")
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(outputs))
 
 
 def test_bfloat16_weights_round_the_recurrent_weights_only() -> None:

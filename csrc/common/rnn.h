@@ -18,6 +18,7 @@ constexpr int kMostRnnThreads = 64;
 struct Rnn {
   int cell, directions;
   bool bias, save, batch_first, half_weights;
+  bool rounded_weights;  // the same values as half_weights, in words of float32; the kernels choose between the two
   int64_t batch, steps, input, hidden, projection, layers;
   int64_t x_step, x_row, vocabulary;
 
@@ -59,6 +60,7 @@ struct RnnForward {
   const interfuse_rnn_weights* weights;
   float *y, *hn, *cn, *reserve;
   int threads;
+  const float* gate_table;  // the input's share of the first layer's gates by direction and token id, or null
 };
 
 struct RnnBackward {

@@ -22,6 +22,25 @@ constexpr int64_t kGather = 48;
 // Floats of gates that a stretch of steps may fill: the steps should find them in L2.
 constexpr int64_t kStretch = 96 << 10;
 
+// What `rows` inputs, a_row apart, give to the gates of the unit blocks `mine`, with what else the gates start with.
+template <class Cell>
+void input_sums(const ForwardWeights<Cell>& weights, const typename ForwardWeights<Cell>::Of& w, int64_t depth, const float* a,
+                int64_t a_row, int64_t rows, Range mine, float* gates) {
+  const int64_t gate_row = weights.vectors() / Cell::kGates * Cell::kSlots * kLanes;
+  Product q{};
+  q.depth = depth, q.a = a, q.a_row = a_row, q.w = w.w_ih;
+  q.start = w.bias, q.start_panel = Cell::kSlots * kLanes;
+  q.c = gates, q.c_row = gate_row, q.c_panel = Cell::kSlots * kLanes;
+  q.last = kLanes;
+  packed_product(weights.input(), depth, 0, q, rows, mine.begin * Cell::kGates, (mine.end - mine.begin) * Cell::kGates);
+  if (!Cell::kTwoSums) return;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t block = mine.begin; block < mine.end; ++block) {
+      const int64_t slot = (block * Cell::kSlots + Cell::kGates - 1) * kLanes;
+      store(gates + i * gate_row + slot, load(w.bias + slot));
+    }
+}
+
 // All layers over one part of the batch.
 template <class Cell>
 class Stack {
@@ -135,7 +154,7 @@ class Stack {
   void input_product(int64_t layer, int d, const Direction& x, const RnnInput& input, Range mine, int64_t s, int64_t end,
                      int64_t base) const {
     const int64_t depth = p_.layer_input(layer), begin = order_.first[s], stop = order_.first[end];
-    const Range columns = vectors(mine);
+    if (layer == 0 && a_.gate_table) return look_up(d, x, mine, s, end, base);
     int64_t row = 0;
     const float* direct = input.rows(d, s, row);
     float* gathered = direct ? nullptr : scratch_floats(Slot::rows, kGather * depth);
@@ -145,20 +164,22 @@ class Stack {
         while (order_.first[s + 1] <= first + i) ++s;
         input.copy(d, s, first + i - order_.first[s], gathered + i * depth);
       }
-      Product q{};
-      q.depth = depth, q.a = direct ? direct : gathered, q.a_row = direct ? row : depth, q.w = x.w.w_ih;
-      q.start = x.w.bias, q.start_panel = Cell::kSlots * kLanes;
-      q.c = x.gates + (first - base) * gate_row_, q.c_row = gate_row_, q.c_panel = Cell::kSlots * kLanes;
-      q.last = kLanes;
-      packed_product(weights_.input(), depth, 0, q, count, columns.begin, columns.end - columns.begin);
-      if (Cell::kTwoSums)
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t block = mine.begin; block < mine.end; ++block) {
-            const int64_t slot = (block * Cell::kSlots + Cell::kGates - 1) * kLanes;
-            store(q.c + i * gate_row_ + slot, load(x.w.bias + slot));
-          }
+      input_sums<Cell>(weights_, x.w, depth, direct ? direct : gathered, direct ? row : depth, count, mine,
+                       x.gates + (first - base) * gate_row_);
       first += count;
     }
+  }
+
+  // The same from the table of the token ids' shares.
+  void look_up(int d, const Direction& x, Range mine, int64_t s, int64_t end, int64_t base) const {
+    const float* table = a_.gate_table + d * p_.vocabulary * gate_row_;
+    const int64_t from = mine.begin * Cell::kSlots * kLanes, to = mine.end * Cell::kSlots * kLanes;
+    for (; s < end; ++s)
+      for (int64_t j = 0; j < order_.active[s]; ++j) {
+        const float* row = table + a_.in->ids[order_.time_of(d, s, j) * p_.x_step + order_.row[j] * p_.x_row] * gate_row_;
+        float* gates = x.gates + (order_.first[s] + j - base) * gate_row_;
+        for (int64_t i = from; i < to; i += kLanes) store(gates + i, load(row + i));
+      }
   }
 
   // Adds the product of h before, its units [from, to), to the gates of the rows of step s.
@@ -356,7 +377,7 @@ uint64_t hash_of(const Rnn& p, const RnnForward& a) {
 
 uint64_t kind_of(const Rnn& p) {
   uint64_t hash = hash_mix(0x726e6e00u + kLanes);
-  for (int64_t part : {int64_t(p.cell), int64_t(p.directions), int64_t(p.bias), int64_t(p.half_weights), p.input, p.hidden,
+  for (int64_t part : {int64_t(p.cell), int64_t(p.directions), int64_t(p.bias), int64_t(p.half_weights + 2 * p.rounded_weights), p.input, p.hidden,
                        p.projection, p.layers})
     hash = hash_mix(hash ^ static_cast<uint64_t>(part)) + 1;
   return hash;
@@ -370,6 +391,32 @@ struct PackJob {
     const PackJob& job = *static_cast<PackJob*>(context);
     const ForwardWeights<Cell> weights(job.p);
     parallel(job.a.threads, [&](int thread, int threads) { weights.fill(job.a.weights, static_cast<float*>(data), thread, threads); });
+  }
+};
+
+// Whether the first layer's gates are looked up by token: the table has to stay in L2, and the hash of the embedding
+// that it was made from costs a read of that at every call.
+bool table_pays(const Rnn& p, int64_t tokens, int64_t floats) {
+  constexpr int64_t kFloats = 256 << 10, kTimes = 4;
+  return p.vocabulary > 0 && floats <= kFloats && p.vocabulary <= kTimes * tokens;
+}
+
+template <class Cell>
+struct TableJob {
+  const Rnn& p;
+  const RnnForward& a;
+  const float* packed;
+  static void fill(void* context, void* data) {
+    const TableJob& job = *static_cast<TableJob*>(context);
+    const ForwardWeights<Cell> weights(job.p);
+    const int64_t row = RnnLayout<Cell>(job.p, 1).gate_row, input = job.p.input;
+    parallel(job.a.threads, [&](int thread, int threads) {
+      const Range mine = share(job.p.vocabulary, thread, threads);
+      for (int d = 0; d < job.p.directions && mine.begin < mine.end; ++d)
+        input_sums<Cell>(weights, weights.at(job.packed, 0, d), input, job.a.in->x + mine.begin * input, input,
+                         mine.end - mine.begin, {0, padded(job.p.hidden) / kLanes},
+                         static_cast<float*>(data) + (d * job.p.vocabulary + mine.begin) * row);
+    });
   }
 };
 
@@ -399,12 +446,36 @@ struct ForwardOf {
       job.fill(&job, packed);
       return run_parts<Cell>(p, parts, a, packed);
     }
-    const Pack pack({a.weights[0].w_hh, kind_of(p), hash_of(p, a)}, static_cast<size_t>(floats) * 4, job.fill, &job);
-    run_parts<Cell>(p, parts, a, static_cast<const float*>(pack.data()));
+    const uint64_t hash = hash_of(p, a);
+    const Pack pack({a.weights[0].w_hh, kind_of(p), hash}, static_cast<size_t>(floats) * 4, job.fill, &job);
+    const float* packed = static_cast<const float*>(pack.data());
+    if (!table_pays(p, parts.tokens, table_floats<Cell>())) return run_parts<Cell>(p, parts, a, packed);
+    const uint64_t content = hash_mix(hash ^ content_hash(a.in->x, p.vocabulary * p.input * 4, a.threads));
+    TableJob<Cell> rows{p, a, packed};
+    const Pack table({a.in->x, kind_of(p) + 1, content}, static_cast<size_t>(table_floats<Cell>()) * 4, rows.fill, &rows);
+    RnnForward with_table = a;
+    with_table.gate_table = static_cast<const float*>(table.data());
+    run_parts<Cell>(p, parts, with_table, packed);
+  }
+  template <class Cell>
+  int64_t table_floats() const {
+    return p.directions * p.vocabulary * RnnLayout<Cell>(p, 1).gate_row;
   }
 };
 
-void forward(const Rnn& p, const RnnParts& parts, const RnnForward& a) {
+// Words of bfloat16 halve the bytes of a weight and cost an instruction for each of its vectors: with more rows than
+// these, words of float32 are faster.
+bool halves_pay(const Rnn& p, const RnnParts& parts) {
+  constexpr int64_t kCache = 256 << 10;  // floats of a recurrent weight that stay in L2
+  int64_t steps = 1;
+  for (int64_t i = 0; i < parts.count; ++i) steps = parts.part[i].steps > steps ? parts.part[i].steps : steps;
+  return parts.tokens <= steps * (p.gates() * p.hidden * p.output() > kCache ? 4 : 2);
+}
+
+void forward(const Rnn& given, const RnnParts& parts, const RnnForward& a) {
+  Rnn p = given;
+  p.rounded_weights = p.half_weights && !halves_pay(p, parts);
+  p.half_weights = p.half_weights && !p.rounded_weights;
   ForwardOf body{p, parts, a};
   for_cell(p.cell, body);
 }

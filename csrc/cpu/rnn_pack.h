@@ -9,9 +9,9 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-// Rows w[0..rows), `depth` floats each, become the lanes of one vector: to[k * step + lane], k in pairs where half.
+// Rows w[0..rows), `depth` floats each, become the lanes of one vector: to[k * step + lane], k in pairs where halves.
 // Lanes without a row are zero.
-INTERFUSE_INLINE void pack_vector(const float* w, int64_t rows, int64_t depth, bool half, float* to, int64_t step) {
+INTERFUSE_INLINE void pack_vector(const float* w, int64_t rows, int64_t depth, Packing packing, float* to, int64_t step) {
   for (int64_t k = 0; k < depth; k += kLanes) {
     const int count = static_cast<int>(depth - k < kLanes ? depth - k : kLanes);
     Vec block[kLanes];
@@ -23,13 +23,14 @@ INTERFUSE_INLINE void pack_vector(const float* w, int64_t rows, int64_t depth, b
         block[j] = count == kLanes ? load(w + j * depth + k) : load_first(w + j * depth + k, count);
     }
     transpose(block);
-    if (half) {
+    if (packing.half) {
       for (int j = 0; j < count; j += 2) {
         const Vec odd = j + 1 < count ? block[j + 1] : zero();
         store(to + (k + j) / 2 * step, (Vec)(bf16_bits(block[j]) | (bf16_bits(odd) << 16)));
       }
     } else {
-      for (int j = 0; j < count; ++j) store(to + (k + j) * step, block[j]);
+      for (int j = 0; j < count; ++j)
+        store(to + (k + j) * step, packing.rounded ? (Vec)(bf16_bits(block[j]) << 16) : block[j]);
     }
   }
 }
@@ -50,7 +51,7 @@ inline void pack_gates(const float* w, int64_t gates, int64_t units, int64_t dep
   for (int64_t v = vectors.begin; v < vectors.end; ++v) {
     const PackPlace place(packing, all, depth, v);
     const int64_t unit = v / gates * kLanes;
-    pack_vector(w + (v % gates * units + unit) * depth, units - unit, depth, packing.half, to + place.at, place.step);
+    pack_vector(w + (v % gates * units + unit) * depth, units - unit, depth, packing, to + place.at, place.step);
   }
 }
 
@@ -108,7 +109,7 @@ class ForwardWeights {
 
   static constexpr Packing kPlain{1, false};
   static constexpr Packing input() { return {Cell::kGates > 1 ? Cell::kGates : 1, false}; }
-  INTERFUSE_INLINE Packing recurrent() const { return {input().panel, p_.half_weights}; }
+  INTERFUSE_INLINE Packing recurrent() const { return {input().panel, p_.half_weights, p_.rounded_weights}; }
   INTERFUSE_INLINE int64_t vectors() const { return padded(p_.hidden) / kLanes * Cell::kGates; }
 
   INTERFUSE_INLINE int64_t floats() const {

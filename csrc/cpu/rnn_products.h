@@ -32,6 +32,7 @@ extern const ProductKernel product4, product3, product1, half_product4, half_pro
 struct Packing {
   int panel;
   bool half;
+  bool rounded = false;  // to bfloat16, in words of float32
 
   INTERFUSE_INLINE int64_t words(int64_t depth) const { return half ? (depth + 1) / 2 : depth; }
   INTERFUSE_INLINE int64_t floats(int64_t vectors, int64_t depth) const { return vectors * words(depth) * kLanes; }
