@@ -87,7 +87,14 @@ def compare(
     workload = importlib.import_module(f"interfuse.bench.{op}").workload(case)
     row: Report = {"case": case, **workload.describe(), "missing": {}, "errors": {}}
     commands = [{"do": "build", "truth": truth, "train": settings.training}]
-    with workers.started(settings.specs(op, case), commands) as started:
+    specs = []
+    for spec in settings.specs(op, case):
+        reason = peers.PROVIDERS[spec.provider].why_not(workload)
+        if reason:  # a process would take seconds to say the same
+            row["missing"][spec.provider] = reason
+        else:
+            specs.append(spec)
+    with workers.started(specs, commands) as started:
         tick(f"{case}: built")
         able: list[workers.Worker] = []
         for worker, answer in started:
