@@ -43,6 +43,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("info", &info);
   m.def("machine_peak", &machine_peak, py::arg("threads"),
         "Float32 operations and bytes read a second that this machine reaches at best, measured in about 0.3 s.");
+  interfuse::bind::attention(m);
   interfuse::bind::conv_pool(m);
   interfuse::bind::linear(m);
   interfuse::bind::rnn(m);

@@ -214,6 +214,69 @@ INTERFUSE_API interfuse_status interfuse_linear_backward(const interfuse_linear*
                                                          const void* pre, void* const* grad_inputs, void* grad_weight,
                                                          void* grad_bias, int32_t threads);
 
+/* ---- attention: softmax(scale * q k^T + mask) v of projected heads ------------------------------------------- */
+
+typedef enum interfuse_mask {
+  INTERFUSE_MASK_NONE = 0,
+  INTERFUSE_MASK_BOOLEAN = 1, /* bytes: a key is attended to where its byte is not 0 */
+  INTERFUSE_MASK_ADDITIVE = 2 /* of the tensors' dtype, added to the scaled scores */
+} interfuse_mask;
+
+/* Strides are those of (batch, head, row), in elements; the last axis is dense. Query head h reads key and value head
+ * h / (heads / kv_heads). */
+typedef struct interfuse_attention_spec {
+  int32_t dtype;  /* interfuse_dtype of every tensor but lse, lengths and a boolean mask */
+  int32_t mask;   /* interfuse_mask */
+  int32_t causal; /* 1: query i reads keys 0 to i alone */
+  float scale;
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
+  int64_t q_strides[3], k_strides[3], v_strides[3], y_strides[3];
+  int64_t mask_strides[3];                                           /* of (batch, head, query); 0 repeats */
+  int64_t grad_q_strides[3], grad_k_strides[3], grad_v_strides[3]; /* read by backward; grad_y has y's strides */
+} interfuse_attention_spec;
+
+typedef struct interfuse_attention_inputs {
+  const void *q, *k, *v;
+  const void* mask;          /* NULL without a mask */
+  const int64_t* q_lengths;  /* of each batch entry, 0 to queries; NULL: all. Rows beyond give zeros */
+  const int64_t* kv_lengths; /* of each batch entry, 0 to keys; NULL: all */
+} interfuse_attention_inputs;
+
+INTERFUSE_API void interfuse_attention_defaults(interfuse_attention_spec* spec);
+/* Whether the spec can run: what forward and backward check too, before anything is read. */
+INTERFUSE_API interfuse_status interfuse_attention_check(const interfuse_attention_spec* spec);
+/* A row that attends to nothing gives zeros. lse (batch, heads, queries) is the logarithm of each row's sum of
+ * exponentials, which backward needs, or NULL; weights (batch, heads, queries, keys) dense, or NULL. */
+INTERFUSE_API interfuse_status interfuse_attention_forward(const interfuse_attention_spec* spec,
+                                                           const interfuse_attention_inputs* inputs, void* y, float* lse,
+                                                           void* weights, int32_t threads);
+INTERFUSE_API interfuse_status interfuse_attention_backward(const interfuse_attention_spec* spec,
+                                                            const interfuse_attention_inputs* inputs, const void* y,
+                                                            const float* lse, const void* grad_y, void* grad_q,
+                                                            void* grad_k, void* grad_v, int32_t threads);
+
+/* Attention pooling: y = sum over t of softmax(context . tanh(hidden[t])) x[t], for each sequence of the batch.
+ * x (batch, steps, width) and hidden (batch, steps, hidden) have strides of (batch, step); the rest is dense. */
+typedef struct interfuse_attention_pool_spec {
+  int32_t dtype;
+  int64_t batch, steps, width, hidden;
+  int64_t x_strides[2], hidden_strides[2];
+} interfuse_attention_pool_spec;
+
+/* lengths: 0 to steps, or NULL. y (batch, width), weights (batch, steps): zeros beyond the length. */
+INTERFUSE_API interfuse_status interfuse_attention_pool_forward(const interfuse_attention_pool_spec* spec, const void* x,
+                                                                const void* hidden, const void* context,
+                                                                const int64_t* lengths, void* y, void* weights,
+                                                                int32_t threads);
+/* grad_y as y and grad_weights as weights, or NULL for zeros. grad_x and grad_hidden are dense; grad_context
+ * (batch, hidden) in float32 is to be summed over the batch. A gradient that is not wanted is NULL. */
+INTERFUSE_API interfuse_status interfuse_attention_pool_backward(const interfuse_attention_pool_spec* spec, const void* x,
+                                                                 const void* hidden, const void* context,
+                                                                 const int64_t* lengths, const void* grad_y,
+                                                                 const void* grad_weights, void* grad_x,
+                                                                 void* grad_hidden, float* grad_context,
+                                                                 int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

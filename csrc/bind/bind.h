@@ -166,6 +166,7 @@ py::object callable_of(std::unique_ptr<Call> call) {
 }
 
 // Each op's classes and functions, added to the module.
+void attention(py::module_& m);
 void conv_pool(py::module_& m);
 void linear(py::module_& m);
 void rnn(py::module_& m);

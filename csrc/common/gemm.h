@@ -41,7 +41,9 @@ INTERFUSE_INLINE void unrolled(Body&& body) {
 
 // a(r, k) lies at a[r * a_row + k * a_step], vector v of b(k) at b[k * b_step + v * kLanes]. Pass literals for a_row
 // and a_step where they are known: the addresses then fold into the instructions.
-template <int Rows, int Vectors, class Start, class Finish>
+// InOrder forbids the compiler to mix the steps: where a_row is large, GCC otherwise loads several steps' values ahead and
+// spills accumulators.
+template <int Rows, int Vectors, bool InOrder = false, class Start, class Finish>
 INTERFUSE_INLINE void gemm_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
                                 int64_t b_step, Start&& start, Finish&& finish) {
   Vec tile[Rows][Vectors];
@@ -60,7 +62,10 @@ INTERFUSE_INLINE void gemm_tile(int64_t depth, const float* a, int64_t a_row, in
   };
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
-    step(0), step(1), step(2), step(3);
+    unrolled<4>([&](int i) __attribute__((always_inline)) {
+      step(i);
+      if constexpr (InOrder) asm("" : "+r"(a), "+r"(b));
+    });
     a += 4 * a_step, b += 4 * b_step;
     // The compiler must not see that the next step's loads follow from this one's: GCC would start them early, in
     // registers that the tile needs, and spill.
@@ -76,10 +81,10 @@ INTERFUSE_INLINE void gemm_tile(int64_t depth, const float* a, int64_t a_row, in
 }
 
 // The plain form: c[r][v] = or += the product; rows of c are c_row floats apart.
-template <int Rows, int Vectors, bool Add>
+template <int Rows, int Vectors, bool Add, bool InOrder = false>
 INTERFUSE_INLINE void gemm_tile_store(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
                                       int64_t b_step, float* c, int64_t c_row) {
-  gemm_tile<Rows, Vectors>(
+  gemm_tile<Rows, Vectors, InOrder>(
       depth, a, a_row, a_step, b, b_step,
       [&](int r, int v) __attribute__((always_inline)) { return Add ? load(c + r * c_row + v * kLanes) : zero(); },
       [&](int r, int v, Vec sum) __attribute__((always_inline)) { store(c + r * c_row + v * kLanes, sum); });

@@ -81,6 +81,19 @@ INTERFUSE_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no
 INTERFUSE_INLINE Vec maximum(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
 INTERFUSE_INLINE float maximum(float a, float b) { return (a > b || a != a) ? a : b; }
 
+// The machine's own maximum: the first on a tie, and where one of the two is a NaN.
+INTERFUSE_INLINE Vec larger(Vec first, Vec second) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_mask_max_ps((__m512)first, 0xffff, (__m512)second, (__m512)first);  // GCC warns of the plain form
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)second, (__m256)first);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps((__m128)second, (__m128)first);
+#else
+  return select(second > first, second, first);
+#endif
+}
+
 INTERFUSE_INLINE float sum_lanes(Vec v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];

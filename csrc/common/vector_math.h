@@ -85,6 +85,21 @@ INTERFUSE_INLINE Vec exp(Vec x) {
   return p * power_of_two(half) * power_of_two(whole - half);
 }
 
+// 2^x for x <= 0, as softmax needs it: zero far below -126, a NaN stays one. Relative error under 2.2e-7, from a minimax
+// polynomial.
+INTERFUSE_INLINE Vec exp2_of_negative(Vec x) {
+  static constexpr float kPowers[] = {1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.00132764715f};
+#if defined(__AVX512DQ__)
+  const Vec r = (Vec)_mm512_maskz_reduce_ps((__mmask16)-1, (__m512)x, 0);  // minus the nearest integer
+  return (Vec)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)polynomial(r, kPowers), (__m512)(x - r));
+#else
+  // 1.5 * 2^23 + 127: the low bits then hold the nearest integer, biased as an exponent is.
+  const Vec shifted = x + 12583039.f;
+  const Vec r = x - (shifted - 12583039.f);
+  return select(x < splat(-126.f), zero(), polynomial(r, kPowers) * (Vec)((IVec)shifted << 23));
+#endif
+}
+
 INTERFUSE_INLINE Vec logistic(Vec x) {
   // Below -87 the result is below the smallest normal float: it stays at that.
   const Reduced minus = reduced(at_least(at_most(-x, 87.f), -87.f));

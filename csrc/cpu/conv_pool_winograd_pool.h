@@ -43,19 +43,6 @@ INTERFUSE_INLINE Vec activate_tile(Activation f, Vec z) {
 
 INTERFUSE_INLINE IVec splat_int(int value) { return IVec{} + value; }
 
-// The larger of two finite values; on a tie the first.
-INTERFUSE_INLINE Vec larger(Vec first, Vec second) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_mask_max_ps((__m512)first, 0xffff, (__m512)second, (__m512)first);  // GCC warns of the plain form
-#elif defined(__AVX2__)
-  return (Vec)_mm256_max_ps((__m256)second, (__m256)first);
-#elif defined(__x86_64__)
-  return (Vec)_mm_max_ps((__m128)second, (__m128)first);
-#else
-  return select(second > first, second, first);
-#endif
-}
-
 struct Winner {
   Vec value;
   IVec place;

@@ -1,7 +1,7 @@
 # The native core, bound by pointers: addresses of dense memory go in unchecked, so use interfuse.ops instead.
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 class ConvPoolDesc:
     # A checked conv_pool problem with its kernel chosen. Sequences have one entry per spatial dimension,
@@ -190,6 +190,78 @@ def linear_backward(
     grad_inputs: Sequence[int],
     grad_weight: int,
     grad_bias: int,
+
+
+_Strides: TypeAlias = tuple[int, int, int]  # of (batch, head, row), in elements; the last axis is dense
+
+class AttentionDesc:
+    # A checked attention problem. dtype: "float32" or "bfloat16"; mask: "none", "boolean" or "additive".
+    # grad_y has y's strides.
+    def __init__(
+        self,
+        dtype: str,
+        mask: str,
+        causal: bool,
+        scale: float,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        queries: int,
+        keys: int,
+        head_dim: int,
+        value_dim: int,
+        q: _Strides,
+        k: _Strides,
+        v: _Strides,
+        y: _Strides,
+        mask_strides: _Strides,
+        grad_q: _Strides,
+        grad_k: _Strides,
+        grad_v: _Strides,
+    ) -> None: ...
+
+# inputs: addresses of q, k, v, mask, q_lengths and kv_lengths, 0 for none of the last three.
+def attention_forward(
+    desc: AttentionDesc, inputs: Sequence[int], y: int, lse: int, weights: int, threads: int
+) -> None: ...
+def attention_backward(
+    desc: AttentionDesc,
+    inputs: Sequence[int],
+    y: int,
+    lse: int,
+    grad_y: int,
+    grad_q: int,
+    grad_k: int,
+    grad_v: int,
+    threads: int,
+) -> None: ...
+
+# sizes: batch, steps, width, hidden; strides: x's of (batch, step), then hidden's.
+def attention_pool_forward(
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    x: int,
+    hidden: int,
+    context: int,
+    lengths: int,
+    y: int,
+    weights: int,
+    threads: int,
+) -> None: ...
+def attention_pool_backward(
+    dtype: str,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    x: int,
+    hidden: int,
+    context: int,
+    lengths: int,
+    grad_y: int,
+    grad_weights: int,
+    grad_x: int,
+    grad_hidden: int,
+    grad_context: int,
     threads: int,
 ) -> None: ...
 def info() -> dict[str, Any]: ...

@@ -1,0 +1,14 @@
+// What the attention kernels' table collects from their files. Per-ISA.
+#pragma once
+
+#include "common/attention.h"
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+
+void attention_backward(const Attention& p, const AttentionBackward& a, AttentionWork& work);
+void attention_pool_forward(const AttentionPool& p, const AttentionPoolForward& a);
+void attention_pool_backward(const AttentionPool& p, const AttentionPoolBackward& a);
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse
