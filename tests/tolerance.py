@@ -102,3 +102,30 @@ def recurrent_error(ours: Tensor, truth: Tensor) -> float:
         return plain
     size = float(truth.detach().double().norm())
     return plain * size / max(size, RECURRENT_SCALE * truth.numel() ** 0.5)
+
+
+# attention: two products and a softmax in float32. An error of a score is an error of its exponential, and
+# scores of these cases reach about 10, known to 7 digits.
+FLOAT32_ATTENTION = 2e-6
+
+# The gradient passes through four more products, and through differences of values of one size.
+FLOAT32_ATTENTION_GRADIENT = 1e-5
+
+
+def attention(dtype: torch.dtype) -> float:
+    """The bound on the error of attention's output and weights; the inputs are the truth's own."""
+    return {
+        torch.float32: FLOAT32_ATTENTION,
+        torch.bfloat16: 2.0**-8,
+        torch.float16: 2.0**-11,
+        torch.float64: FLOAT64,
+    }[dtype]
+
+
+def attention_gradient(dtype: torch.dtype) -> float:
+    """For bfloat16 the saved output is rounded too, and enters each score's gradient."""
+    return {
+        torch.float32: FLOAT32_ATTENTION_GRADIENT,
+        torch.bfloat16: BFLOAT16_GRADIENT,
+        torch.float64: FLOAT64,
+    }[dtype]

@@ -1,0 +1,148 @@
+"""The compiled core as an implementation of attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from interfuse import _native
+from interfuse.bounded_cache import BoundedCache
+from interfuse.ops._attention_problem import AttentionProblem, Three, empty_gradients, empty_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+_Strides = tuple[int, int, int]
+
+
+def why_not(problem: AttentionProblem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
+    if problem.dtype not in DTYPE_NAMES:
+        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
+    if problem.grad_weights:
+        return "the native backward takes no gradient of the returned weights."
+    return None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with a dense last axis, which is all that the core asks for."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _mask_rows(problem: AttentionProblem, mask: Tensor | None) -> Tensor | None:
+    """The mask as (batch, heads, queries, keys), dense along the keys; else strides of zero repeat it."""
+    if mask is None:
+        return None
+    if mask.dim() == 0 or mask.shape[-1] != problem.keys:
+        mask = mask.expand(*mask.shape[:-1], problem.keys)
+    return _rows(mask).expand(problem.weights_shape)
+
+
+def _int64(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to("cpu", torch.int64).contiguous()
+
+
+def _strides(t: Tensor | None) -> _Strides:
+    return (0, 0, 0) if t is None else t.stride()[:3]  # type: ignore[return-value]
+
+
+_descs: BoundedCache[_native.AttentionDesc] = BoundedCache(512)
+
+
+def _desc(problem: AttentionProblem, *tensors: Tensor | None) -> _native.AttentionDesc:
+    """The core's description for tensors of these strides: q, k, v, y, mask, and the three gradients."""
+    key = (problem, *[None if t is None else t.stride() for t in tensors])
+    found = _descs.get(key)
+    if found is not None:
+        return found
+    q, k, v, y, mask, grad_q, grad_k, grad_v = (_strides(t) for t in tensors)
+    p = problem
+    desc = _native.AttentionDesc(
+        dtype=DTYPE_NAMES[p.dtype],
+        mask=p.mask,
+        causal=p.params.causal,
+        scale=p.params.scale,
+        batch=p.batch,
+        heads=p.heads,
+        kv_heads=p.kv_heads,
+        queries=p.queries,
+        keys=p.keys,
+        head_dim=p.head_dim,
+        value_dim=p.value_dim,
+        q=q,
+        k=k,
+        v=v,
+        y=y,
+        mask_strides=mask,
+        grad_q=grad_q,
+        grad_k=grad_k,
+        grad_v=grad_v,
+    )
+    return _descs.put(key, desc)
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def run(
+    problem: AttentionProblem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+) -> Three:
+    y, lse, weights = empty_outputs(problem, q)
+    q, k, v, mask = _rows(q), _rows(k), _rows(v), _mask_rows(problem, mask)
+    q_lengths, kv_lengths = _int64(q_lengths), _int64(kv_lengths)
+    _native.attention_forward(
+        _desc(problem, q, k, v, y, mask, None, None, None),
+        [pointer(t) for t in (q, k, v, mask, q_lengths, kv_lengths)],
+        y.data_ptr(),
+        lse.data_ptr() if problem.save else 0,
+        weights.data_ptr() if problem.weights else 0,
+        torch.get_num_threads(),
+    )
+    return y, lse, weights
+
+
+def run_backward(
+    problem: AttentionProblem,
+    grad_y: Tensor,
+    grad_weights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    wanted: Sequence[bool],
+) -> Three:
+    grads = empty_gradients(q, k, v)
+    q, k, v, mask = _rows(q), _rows(k), _rows(v), _mask_rows(problem, mask)
+    q_lengths, kv_lengths = _int64(q_lengths), _int64(kv_lengths)
+    lse = lse.contiguous()
+    if grad_y.stride() != y.stride() or y.stride(-1) != 1:
+        grad_y, y = grad_y.contiguous(), y.contiguous()
+    grad_q, grad_k, grad_v = grads
+    _native.attention_backward(
+        _desc(problem, q, k, v, y, mask, *grads),
+        [pointer(t) for t in (q, k, v, mask, q_lengths, kv_lengths)],
+        y.data_ptr(),
+        lse.data_ptr(),
+        grad_y.data_ptr(),
+        grad_q.data_ptr(),
+        grad_k.data_ptr(),
+        grad_v.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grads
