@@ -1,5 +1,6 @@
 """Modules with torch.nn's signatures and state_dict."""
 
+from interfuse.nn.attention import AttentionPool, CrossAttention, MultiheadAttention
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
 from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
 from interfuse.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -9,10 +10,12 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AttentionPool",
     "CompactLinear",
     "ConvPool1d",
     "ConvPool2d",
     "ConvPool3d",
+    "CrossAttention",
     "DenseChain",
     "EmbeddingGRU",
     "EmbeddingLSTM",
@@ -20,5 +23,6 @@ __all__ = [
     "FusionLinear",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
 ]
