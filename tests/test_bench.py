@@ -268,7 +268,10 @@ def test_a_bar_is_met_or_missed(measured: float | None, at_least: bool, met: boo
     assert bar.sentence().startswith("met" if met else "MISSED")
 
 
-@pytest.mark.parametrize(("op", "case"), [("conv_pool", QUICK), ("rnn", "ragged-b32@tiny")])
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("conv_pool", QUICK), ("rnn", "ragged-b32@tiny"), ("attention", "q512-kv2048-b2-ragged@tiny")],
+)
 def test_a_quick_run_of_the_command(
     op: str, case: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,10 +59,12 @@ def native() -> dict[str, Any]:
 
 def backends() -> dict[str, list[dict[str, str | None]]]:
     """For each op and device every implementation of its table, with None or why it cannot run here."""
+    from interfuse.ops import _attention_checks as attention_checks
     from interfuse.ops import _conv_pool_checks as conv_pool_checks
     from interfuse.ops import _linear_checks as linear_checks
     from interfuse.ops import _rnn_checks as rnn_checks
     from interfuse.ops._linear_problem import LinearParams
+    from interfuse.ops.attention import IMPLEMENTATIONS as attention  # noqa: N811
     from interfuse.ops.conv_pool import IMPLEMENTATIONS as conv_pool  # noqa: N811
     from interfuse.ops.linear import IMPLEMENTATIONS as linear  # noqa: N811
     from interfuse.ops.rnn import IMPLEMENTATIONS as rnn  # noqa: N811
@@ -74,6 +76,9 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
     image, kernels = torch.empty(1, 3, 8, 8), torch.empty(8, 3, 3, 3)
     sequence, weights = torch.empty(3, 1, 8), [torch.empty(32, 8), torch.empty(32, 8)]
     lstm = rnn_checks.RnnParams("lstm")
+    head = torch.empty(1, 1, 4, 8)
+    heads = attention_checks.Inputs(head, head, head, None, None, None)
+    plainly = attention_checks.resolve(head, False, None, None)
     plain: dict[str, tuple[Sequence[Implementation], Any]] = {
         "conv_pool": (conv_pool, conv_pool_checks.check(image, kernels, None, parameters, save=False)),
         "linear": (
@@ -81,6 +86,7 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
             linear_checks.check([sequence], weights[0], None, None, LinearParams(), save=False),
         ),
         "rnn": (rnn, rnn_checks.check(sequence, None, None, None, None, weights, lstm, save=False)),
+        "attention": (attention, attention_checks.check(heads, plainly, weights=False, save=False)),
     }
     rows: dict[str, list[dict[str, str | None]]] = {}
     for op, (implementations, example) in plain.items():

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from interfuse.rewrite.attention import Attention
 from interfuse.rewrite.bound import (
     WHOLE,
     Bound,
@@ -30,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Identity = tuple[str, str, Hashable]
 
 # What optimize() looks for. An op joins by adding its pattern.
-PATTERNS: tuple[Pattern, ...] = (ConvPool(), Rnn(), Linear())
+PATTERNS: tuple[Pattern, ...] = (ConvPool(), Rnn(), Linear(), Attention())
 
 REPORT = "_interfuse_report"  # on the model that optimize() was given: what was measured, by site
 

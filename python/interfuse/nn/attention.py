@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from interfuse.ops._attention_checks import Inputs, check_dropout, check_types, fail, resolve
 from interfuse.ops._attention_pool import attention_pool
 from interfuse.ops.attention import run_long
-from interfuse.torch_state import is_plain_eager
+from interfuse.torch_state import current_parameters, is_plain_eager
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,13 +19,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def _check_mask(name: str, mask: Tensor | None, shapes: Sequence[tuple[int, ...]]) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise fail(f"{name} must be boolean or floating point; got {mask.dtype}.")
-    if tuple(mask.shape) not in shapes:
-        raise fail(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(mask.shape)}.")
+class Weights(NamedTuple):
+    """The parameters of a torch.nn.MultiheadAttention."""
+
+    in_proj: Tensor | None  # None: the next three
+    q_proj: Tensor | None
+    k_proj: Tensor | None
+    v_proj: Tensor | None
+    in_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+
+_OWN = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k",
+        "bias_v"]  # fmt: skip
+_OUT = ["weight", "bias"]
+
+
+def weights_of(module: nn.MultiheadAttention) -> Weights:
+    return Weights(*current_parameters(module, _OWN), *current_parameters(module.out_proj, _OUT))
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,8 +148,12 @@ def multihead_forward(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    weights: Weights | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of a torch.nn.MultiheadAttention, whatever class holds its parameters."""
+    """The forward of a torch.nn.MultiheadAttention, whatever class holds its parameters.
+
+    weights: in the place of the module's own.
+    """
     if query.is_nested or key.is_nested or value.is_nested:
         return nn.MultiheadAttention.forward(
             module,
@@ -148,30 +166,22 @@ def multihead_forward(
             average_attn_weights,
             is_causal,
         )
+    weights = weights_of(module) if weights is None else weights
     batched = query.dim() == 3
     same_key, same_value = key is query, value is key
-    if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
-        raise fail(
-            "query, key and value must all have 3 dimensions, or 2 without a batch; got shapes "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
-        )
+    wrong = what_is_wrong(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+    if wrong is not None:
+        raise fail(wrong)
     axis = 0 if module.batch_first else 1
     if not batched:
         query, key, value = query.unsqueeze(axis), key.unsqueeze(axis), value.unsqueeze(axis)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    _check_sizes(module, query, key, value)
     heads, batch = module.num_heads, query.shape[axis]
     queries, keys = query.shape[1 - axis], key.shape[1 - axis]
-    _check_mask("key_padding_mask", key_padding_mask, [(batch, keys)])
-    _check_mask("attn_mask", attn_mask, [(queries, keys), (batch * heads, queries, keys)])
-    if is_causal and attn_mask is None:
-        raise fail(
-            "is_causal is a hint about attn_mask, as in torch; got is_causal=True without an attn_mask."
-        )
     causal = is_causal and key_padding_mask is None and not need_weights
     if causal:
         attn_mask = None
-    extended = module.bias_k is not None or module.add_zero_attn
+    extended = weights.bias_k is not None or module.add_zero_attn
     lengths = None if extended else _as_lengths(key_padding_mask)
     if lengths is not None:
         key_padding_mask = None
@@ -182,7 +192,7 @@ def multihead_forward(
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask[:, None, None, :]
     projected = _in_projection(
-        module,
+        weights,
         query,
         key,
         value,
@@ -192,39 +202,69 @@ def multihead_forward(
     )
     q, k, v = (_split_heads(t, heads, axis) for t in projected)
     if extended:
-        k, v, added = _extended(module, k, v)
+        k, v, added = _extended(weights, module.add_zero_attn, k, v)
         attn_mask, key_padding_mask = (
             None if m is None else F.pad(m, (0, added)) for m in (attn_mask, key_padding_mask)
         )
     mask = _merged(attn_mask, key_padding_mask, q.dtype)
     dropout = check_dropout(module.dropout) if module.training else 0.0
     inputs = Inputs(q, k, v, mask, None, lengths)
-    y, weights = run_long(inputs, resolve(q, causal, None, None), dropout, need_weights)
+    y, attended = run_long(inputs, resolve(q, causal, None, None), dropout, need_weights)
     y = y.transpose(1, 2) if module.batch_first else y.permute(2, 0, 1, 3)
-    output = F.linear(y.flatten(2), module.out_proj.weight, module.out_proj.bias)
+    output = F.linear(y.flatten(2), weights.out_proj, weights.out_bias)
     if not batched:
         output = output.squeeze(axis)
     if not need_weights:
         return output, None
-    weights = weights.mean(1) if average_attn_weights else weights
-    return output, weights if batched else weights.squeeze(0)
+    attended = attended.mean(1) if average_attn_weights else attended
+    return output, attended if batched else attended.squeeze(0)
 
 
-def _check_sizes(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+def what_is_wrong(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> str | None:
+    """With the arguments of a call, in a sentence; dtypes and devices are the products' own matter."""
+    shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+    if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+        return (
+            "query, key and value must all have 3 dimensions, or 2 without a batch; got shapes "
+            f"{shapes}."
+        )
     widths = {"query": (query, module.embed_dim), "key": (key, module.kdim), "value": (value, module.vdim)}
     for name, (t, width) in widths.items():
         if t.shape[-1] != width:
-            raise fail(f"the {name}'s last dimension must be {width} for this module; got {t.shape[-1]}.")
+            return f"the {name}'s last dimension must be {width} for this module; got {t.shape[-1]}."
+    batched = query.dim() == 3
     axis = 0 if module.batch_first else 1
-    if key.shape[:2] != value.shape[:2] or key.shape[axis] != query.shape[axis]:
-        raise fail(
-            "key and value must have one length, and all three one batch size; got shapes "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
-        )
+    batch = query.shape[axis] if batched else 1
+    queries, keys = (t.shape[1 - axis if batched else 0] for t in (query, key))
+    if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[axis] != batch):
+        return f"key and value must have one length, and all three one batch size; got shapes {shapes}."
+    if is_causal and attn_mask is None:
+        return "is_causal is a hint about attn_mask, as in torch; got is_causal=True without an attn_mask."
+    padding_shapes: list[tuple[int, ...]] = [(batch, keys) if batched else (keys,)]
+    mask_shapes = [(queries, keys), (batch * module.num_heads, queries, keys)]
+    for name, mask, allowed in (
+        ("key_padding_mask", key_padding_mask, padding_shapes),
+        ("attn_mask", attn_mask, mask_shapes),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            return f"{name} must be boolean or floating point; got {mask.dtype}."
+        if tuple(mask.shape) not in allowed:
+            return f"{name} must have shape {' or '.join(map(str, allowed))}; got {tuple(mask.shape)}."
+    return None
 
 
 def _in_projection(
-    module: nn.MultiheadAttention,
+    weights: Weights,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -233,15 +273,15 @@ def _in_projection(
     lengths: Tensor | None,
 ) -> Sequence[Tensor]:
     """The three projections, as few products as the inputs allow."""
-    width, bias = module.embed_dim, module.in_proj_bias
-    weight: Any = module.in_proj_weight
+    weight, bias = weights.in_proj, weights.in_bias
     if weight is None:
-        weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        each: Any = (weights.q_proj, weights.k_proj, weights.v_proj)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return [
             _project(x, w, b, n)
-            for x, w, b, n in zip((query, key, value), weights, biases, (None, lengths, lengths), strict=True)
+            for x, w, b, n in zip((query, key, value), each, biases, (None, lengths, lengths), strict=True)
         ]
+    width = query.shape[-1]
     if all_same:
         return F.linear(query, weight, bias).chunk(3, -1)
     if value_is_key:
@@ -263,17 +303,17 @@ def _split_heads(t: Tensor, heads: int, axis: int) -> Tensor:
     return t.transpose(1, 2) if axis == 0 else t.permute(1, 2, 0, 3)
 
 
-def _extended(module: nn.MultiheadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+def _extended(weights: Weights, zero: bool, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     """k and v with the learned key (bias_k, bias_v) and the zero key at their ends, and their number."""
     added = 0
-    if module.bias_k is not None and module.bias_v is not None:
+    if weights.bias_k is not None and weights.bias_v is not None:
         row = (1, k.shape[1], 1, k.shape[3])
         k, v = (
             torch.cat([t, b.to(t.dtype).view(row).expand(t.shape[0], -1, -1, -1)], 2)
-            for t, b in ((k, module.bias_k), (v, module.bias_v))
+            for t, b in ((k, weights.bias_k), (v, weights.bias_v))
         )
         added += 1
-    if module.add_zero_attn:
+    if zero:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         added += 1
     return k, v, added

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
-from interfuse.nn.attention import multihead_forward
+from interfuse.nn.attention import Weights, multihead_forward, weights_of, what_is_wrong
 from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
 from interfuse.ops.attention import IMPLEMENTATIONS
 from interfuse.rewrite.known import PLAIN_TENSORS
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
-from interfuse.torch_state import current_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +29,6 @@ _NAMES = (
     "average_attn_weights",
     "is_causal",
 )
-_PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k",
-               "bias_v")  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,14 +48,12 @@ class Attention:
 
     def refuse(self, module: nn.Module) -> str | None:
         name = type(module).__name__
+        if any(nn.utils.parametrize.is_parametrized(m) for m in module.modules()):
+            return "its weights are parametrised, so that they are computed anew at every call"
         if type(module) is not nn.MultiheadAttention:
             return f"its type {name} is not exactly nn.MultiheadAttention, so it may compute something else"
         if type(module).forward is not _FORWARD or not _FORWARD.__module__.startswith("torch."):
             return f"{name} is of a class whose forward was replaced"
-        if nn.utils.parametrize.is_parametrized(module) or nn.utils.parametrize.is_parametrized(
-            module.out_proj
-        ):
-            return "its weights are parametrised, so that they are computed anew at every call"
         dtype = module.out_proj.weight.dtype
         if dtype not in _DTYPES:
             return f"its weights are {dtype}; the kernels take float32, bfloat16 and float16"
@@ -78,20 +73,17 @@ class Attention:
         given.update(keywords)
         if "key" not in given or "value" not in given or (module.training and module.dropout):
             return None  # what is missing torch says itself; dropout is torch's own
-        parameters = [
-            *current_parameters(module, list(_PARAMETERS)),
-            module.out_proj.weight,
-            module.out_proj.bias,
-        ]
-        tensors = (value, given.pop("key"), given.pop("value"), *parameters)
+        tensors = (value, given.pop("key"), given.pop("value"), *weights_of(module))
         masks = [given.get("key_padding_mask"), given.get("attn_mask")]
-        if not _fits(module, tensors, masks):
+        if not _fits(module, tensors, masks, bool(given.get("is_causal"))):
             return None
         return Call(tensors, {"module": module, **given})
 
     def run(self, call: Call) -> Any:
-        settings = dict(call.settings)
-        return multihead_forward(settings.pop("module"), *call.tensors[:3], **settings)
+        query, key, value, *weights = call.tensors
+        return multihead_forward(
+            query=query, key=key, value=value, weights=Weights(*weights), **call.settings
+        )
 
     def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
         return links, call  # nothing is random: calls with dropout are not taken
@@ -124,7 +116,9 @@ class Attention:
         return None if chosen.name == "reference" else chosen.name, why_not
 
 
-def _fits(module: nn.MultiheadAttention, tensors: Sequence[Any], masks: Sequence[Any]) -> bool:
+def _fits(
+    module: nn.MultiheadAttention, tensors: Sequence[Any], masks: Sequence[Any], is_causal: bool
+) -> bool:
     """Whether the op computes this. What it does not, the module itself computes, or says what is wrong."""
     there = [t for t in tensors if t is not None]
     if any(type(t) not in PLAIN_TENSORS for t in there) or any(
@@ -135,15 +129,12 @@ def _fits(module: nn.MultiheadAttention, tensors: Sequence[Any], masks: Sequence
     if any(t.device != x.device or t.layout is not torch.strided or t.is_nested for t in there):
         return False
     query, key, value = tensors[:3]
-    if query.dim() not in (2, 3) or key.dim() != query.dim() or not query.numel() or not key.numel():
+    if what_is_wrong(module, query, key, value, masks[0], masks[1], is_causal) is not None:
         return False
-    widths = (module.embed_dim, module.kdim, module.vdim)
-    if any(t.shape[-1] != width for t, width in zip((query, key, value), widths, strict=True)):
+    if not query.numel() or not key.numel():
         return False
     if autocast_dtype(x.device) is not None:
         return all(t.dtype in _DTYPES for t in there)
-    return all(t.dtype is x.dtype for t in there) and _same_dtype(masks, x)
-
-
-def _same_dtype(masks: Sequence[Tensor | None], x: Tensor) -> bool:
-    return all(m is None or m.dtype in (torch.bool, x.dtype) for m in masks)
+    return all(t.dtype is x.dtype for t in there) and all(
+        m is None or m.dtype in (torch.bool, x.dtype) for m in masks
+    )

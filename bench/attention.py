@@ -1,0 +1,252 @@
+"""attention against its peers: cross-attention of two modalities with projections, dense and ragged.
+
+Everybody computes what torch.nn.MultiheadAttention does without its weights: three projections, the
+attention, the output's projection; torch runs it by scaled_dot_product_attention. Where contexts have
+lengths, all get them as the mask that they take. `interfuse bench attention` prints the peer table;
+`pytest bench/attention.py --benchmark-enable` runs each case under pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from interfuse.bench import peers
+from interfuse.bench.report import Bar
+from interfuse.bench.roofline import Cost
+from interfuse.bench.workers import between
+from interfuse.cases import attention as cases
+from torch import Tensor, nn
+
+import interfuse
+
+if TYPE_CHECKING:
+    from interfuse.cases.attention import ModuleCase
+
+# Of bench/peers.py, those that can run this op.
+PROVIDERS = ("interfuse", "interfuse_padded", "eager", "compile", "compile_frozen", "onnxruntime", "openvino")
+
+
+def names(further: bool, quick: bool) -> list[str]:
+    wanted = ("bar", "further") if further else ("bar",)
+    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+
+
+def isa() -> str:
+    from interfuse import _native
+
+    return str(_native.info()["isa"])
+
+
+def workload(name: str) -> AttentionWorkload:
+    """By name; 'NAME@tiny' is the same case with few queries and keys."""
+    plain, _, variant = name.partition("@")
+    for case in cases.CASES:
+        if case.name == plain:
+            made = AttentionWorkload(case)
+            return made.tiny() if variant == "tiny" else made
+    raise ValueError(f"There is no case '{plain}' in the list of attention's cases.")
+
+
+class Cross(nn.Module):
+    """Queries that attend to a context, by a torch.nn.MultiheadAttention or ours."""
+
+    def __init__(self, attention: nn.MultiheadAttention, padding: Tensor | None) -> None:
+        super().__init__()
+        self.attention = attention
+        self.register_buffer("padding", padding)
+
+    def forward(self, query: Tensor, context: Tensor) -> Tensor:
+        y, _ = self.attention(query, context, context, key_padding_mask=self.padding, need_weights=False)
+        return y
+
+
+class AttentionWorkload:
+    """One case as plain torch, as interfuse's module, and as an ONNX graph."""
+
+    channels_last = None
+    mask = None
+    gradients = ("query", "context", "in_weight", "in_bias", "out_weight", "out_bias")
+
+    def __init__(self, case: ModuleCase) -> None:
+        self.case = case
+        self.name = case.name
+        self.dtype = case.dtype
+        self.padding = None
+        if case.lengths:
+            self.padding = torch.arange(case.keys) >= torch.tensor(case.lengths)[:, None]
+
+    def why_not(self, provider: str) -> str | None:
+        if provider == "interfuse_padded" and self.padding is None:
+            return "all contexts of this case have the same length."
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        described = dataclasses.asdict(self.case) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        return {"kernel": "native", **described, "bar": self.case.bench == "bar"}
+
+    def tiny(self) -> AttentionWorkload:
+        case = self.case
+        lengths = tuple(min(length, 20 + i) for i, length in enumerate(case.lengths))
+        few = {"queries": min(case.queries, 8), "keys": min(case.keys, 24), "batch": min(case.batch, 2)}
+        return AttentionWorkload(dataclasses.replace(case, **few, lengths=lengths))
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        attention = nn.MultiheadAttention(self.case.width, self.case.heads, batch_first=True)
+        nn.init.normal_(attention.in_proj_bias, std=0.1)
+        nn.init.normal_(attention.out_proj.bias, std=0.1)
+        return Cross(attention.to(self.dtype), self.padding)
+
+    def inputs(self) -> list[Tensor]:
+        case, random = self.case, torch.Generator().manual_seed(2)
+        shapes = [(case.batch, length, case.width) for length in (case.queries, case.keys)]
+        return [torch.randn(shape, generator=random).to(self.dtype) for shape in shapes]
+
+    def ours(self, module: nn.Module) -> nn.Module:
+        """The parameters of a `Cross`, shared."""
+        return Cross(interfuse.nn.MultiheadAttention.from_torch(module.attention), module.padding)
+
+    def ours_padded(self, module: nn.Module) -> nn.Module:
+        """As if every context were as long as the longest: what lengths save is the difference."""
+        made = self.ours(module)
+        made.padding = None
+        return made
+
+    def cost(self, training: bool) -> Cost:
+        """Projections and both products over the keys that exist, and every tensor once. Training: three
+        times the projections, and five more products of attention, one of which forward made before."""
+        case = self.case
+        keys = sum(case.lengths) if case.lengths else case.batch * case.keys
+        queries = case.batch * case.queries
+        projections = 2 * case.width * case.width * (2 * queries + 2 * keys)
+        product = 2 * case.width * case.queries * keys
+        operations = 3 * projections + 7 * product if training else projections + 2 * product
+        elements = 2 * queries * case.width + keys * case.width + 4 * case.width * (case.width + 1)
+        return Cost(operations, (3 if training else 1) * elements * self.dtype.itemsize)
+
+    def onnx(self, module: nn.Module) -> bytes:
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        case = self.case
+        attention: Any = module.attention
+        constants, nodes = [], []
+
+        def constant(name: str, value: Tensor) -> str:
+            constants.append(numpy_helper.from_array(value.detach().numpy(), name))
+            return name
+
+        def node(kind: str, *inputs: str, **settings: Any) -> str:
+            nodes.append(helper.make_node(kind, list(inputs), [f"t{len(nodes)}"], **settings))
+            return f"t{len(nodes) - 1}"
+
+        split = constant("split", torch.tensor([0, 0, case.heads, case.width // case.heads]))
+        weights = attention.in_proj_weight.chunk(3)
+        heads = []
+        for name, x, weight, bias, order in zip(
+            "qkv", ("query", "context", "context"), weights, attention.in_proj_bias.chunk(3),
+            ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True,
+        ):  # fmt: skip
+            scale = (case.width // case.heads) ** -0.5 if name == "q" else 1.0
+            projected = node("MatMul", x, constant(f"w{name}", (weight * scale).t().contiguous()))
+            projected = node("Add", projected, constant(f"b{name}", bias * scale))
+            heads.append(node("Transpose", node("Reshape", projected, split), perm=order))
+        scores = node("MatMul", heads[0], heads[1])
+        if self.padding is not None:
+            added = torch.zeros(self.padding.shape).masked_fill(self.padding, float("-inf"))
+            scores = node("Add", scores, constant("padding", added[:, None, None]))
+        y = node("MatMul", node("Softmax", scores, axis=-1), heads[2])
+        joined = constant("joined", torch.tensor([0, 0, case.width]))
+        y = node("Reshape", node("Transpose", y, perm=[0, 2, 1, 3]), joined)
+        y = node("MatMul", y, constant("wo", attention.out_proj.weight.t().contiguous()))
+        y = node("Add", y, constant("bo", attention.out_proj.bias))
+        graph = helper.make_graph(
+            nodes, self.name,
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape)
+             for name, x in zip(("query", "context"), self.inputs(), strict=True)],
+            [helper.make_tensor_value_info(y, TensorProto.FLOAT, [case.batch, case.queries, case.width])],
+            constants,
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString())
+
+    def overhead(self, seconds: float, threads: int) -> dict[str, float]:
+        """One call of the op against the same call of the binding, with everything prepared, in turn."""
+        from interfuse import _native
+        from interfuse.ops import attention
+
+        case = self.case
+        random = torch.Generator().manual_seed(2)
+        size = case.width // case.heads
+        q, k, v = (
+            torch.randn(case.batch, length, case.heads, size, generator=random).transpose(1, 2)
+            for length in (case.queries, case.keys, case.keys)
+        )
+        y = attention(q, k, v)
+        strides = {name: t.stride()[:3] for name, t in (("q", q), ("k", k), ("v", v), ("y", y))}
+        none = dict.fromkeys(("mask_strides", "grad_q", "grad_k", "grad_v"), (0, 0, 0))
+        desc = _native.AttentionDesc(
+            dtype="float32", mask="none", causal=False, scale=size**-0.5, batch=case.batch, heads=case.heads,
+            kv_heads=case.heads, queries=case.queries, keys=case.keys, head_dim=size, value_dim=size,
+            **strides, **none,
+        )  # fmt: skip
+        inputs = [q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0]
+        with torch.no_grad():
+            return between(
+                lambda: attention(q, k, v),
+                lambda: _native.attention_forward(desc, inputs, y.data_ptr(), 0, 0, threads),
+                seconds,
+            )
+
+
+OVERHEAD_CASE = "q64-kv196-b8@tiny"
+
+# Of the issue that founded the op.
+INFERENCE_ROW, RAGGED_ROW, TRAINING_ROW = 1.2, 1.8, 1.5
+
+
+def bars(report: dict[str, Any]) -> list[Bar]:
+    """The promises for the rows in the report; those that the run left out count as not measured."""
+    result: list[Bar] = []
+    rows = [row for row in report["rows"] if row["bar"]]
+    for row in rows:
+        least = RAGGED_ROW if row["lengths"] else INFERENCE_ROW
+        for mode, limit in (("inference", least), ("training", TRAINING_ROW)):
+            result.append(Bar(f"{mode}, {row['case']} over its best peer", limit, ratio(row, mode), True))
+    for row in rows:
+        ours, theirs = (row["errors"].get(provider, {}).get("output") for provider in ("interfuse", "eager"))
+        result.append(Bar(f"error, {row['case']}", 2 * theirs if theirs else FORMULA, ours, at_least=False))
+    return result
+
+
+FORMULA = 1e-6  # where torch was left out of the run: rounding of products of this depth in float32
+
+
+def ratio(row: dict[str, Any], mode: str) -> float | None:
+    """How many times as long the best peer takes."""
+    times = row.get(mode, {}).get("times", {})
+    best = row.get(mode, {}).get("best_peer", {}).get("median")
+    if best is None or "default" not in times.get("interfuse", {}):
+        return None
+    return float(best / times["interfuse"]["default"]["median"])
+
+
+# --- pytest-benchmark --------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
+    metafunc.parametrize("provider", ["interfuse", "eager"])
+    metafunc.parametrize("name", names(further=True, quick=False))
+
+
+def test_inference(benchmark: Any, name: str, provider: str) -> None:
+    with torch.no_grad():
+        benchmark(peers.built_here(workload(name), provider).infer)
+
+
+def test_training(benchmark: Any, name: str, provider: str) -> None:
+    benchmark(peers.built_here(workload(name), provider).train)
