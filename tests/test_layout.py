@@ -52,8 +52,7 @@ def test_every_op_has_every_room(room: str) -> None:
 
 def test_references_and_cases_belong_to_ops() -> None:
     """The ops above are those that the package exports; one left out there would escape them."""
-    modules = (ROOT / "python/interfuse/ops").glob("*.py")
-    known = {path.stem for path in modules if not path.stem.startswith("_")}  # an op may come room by room
+    known = ops()
     for room in ("python/interfuse/reference", "tests/cases"):
         strays = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", *known}
         assert not strays, f"{room} holds {strays}, which interfuse.ops does not export"

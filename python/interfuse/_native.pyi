@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+_Strides: TypeAlias = tuple[int, int, int]  # of (batch, head, row), in elements; the last axis is dense
+
 class ConvPoolDesc:
     # A checked conv_pool problem with its kernel chosen. Sequences have one entry per spatial dimension,
     # padding two (low, high); x_strides are those of batch, channel, depth, height and width, in elements.
@@ -190,9 +192,8 @@ def linear_backward(
     grad_inputs: Sequence[int],
     grad_weight: int,
     grad_bias: int,
-
-
-_Strides: TypeAlias = tuple[int, int, int]  # of (batch, head, row), in elements; the last axis is dense
+    threads: int,
+) -> None: ...
 
 class AttentionDesc:
     # A checked attention problem. dtype: "float32" or "bfloat16"; mask: "none", "boolean" or "additive".
@@ -264,5 +265,6 @@ def attention_pool_backward(
     grad_context: int,
     threads: int,
 ) -> None: ...
+
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...

@@ -17,6 +17,7 @@ from torch import Tensor
 from interfuse import _native
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
+from interfuse.ops import _attention_triton as triton
 from interfuse.ops._attention_native import DTYPE_NAMES, pointer
 from interfuse.ops._attention_problem import DTYPES, Three
 from interfuse.reference import attention as reference
@@ -61,8 +62,8 @@ def attention_pool(
         weight: (hidden, width); bias: (hidden,) or None; context: (hidden,).
         lengths: (batch,) int64: how many steps of each sequence are real. A sequence without any gives zeros.
         return_weights: also return the weights (batch, steps).
-        backend: None to choose the fastest, or "native" or "reference"; one that cannot run the call raises
-            its reason.
+        backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the
+            call raises its reason.
     """
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("context", context), ("lengths", lengths)):
         if not isinstance(t, Tensor) and not (t is None and name in ("bias", "lengths")):
@@ -194,9 +195,9 @@ def _reference_backward(problem: PoolProblem, *arguments: Any) -> Three:
     return reference.pool_backward(*arguments)
 
 
-# Triton has no kernel for it: on a GPU the reference runs.
 POOL_IMPLEMENTATIONS = (
     Implementation("native", _native_why_not, _native_run, _native_backward),
+    Implementation("triton", triton.pool_why_not, triton.pool_run, triton.pool_run_backward),
     Implementation("reference", lambda problem: None, _reference_run, _reference_backward),
 )
 

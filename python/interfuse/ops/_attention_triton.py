@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from interfuse.ops import _triton
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interfuse.ops._attention_pool import PoolProblem
     from interfuse.ops._attention_problem import AttentionProblem, Three
 
 
@@ -21,8 +23,6 @@ def why_not(problem: AttentionProblem) -> str | None:
     reason = _triton.why_not(problem.device)
     if reason is not None:
         return reason
-    if find_spec("interfuse.kernels.attention") is None:
-        return "this build has no Triton kernels for attention."
     return _kernels().why_not(problem)
 
 
@@ -32,3 +32,22 @@ def run(problem: AttentionProblem, *inputs: Any) -> Three:
 
 def run_backward(problem: AttentionProblem, *arguments: Any) -> Three:
     return _kernels().run_backward(problem, *arguments)
+
+
+def _pool_kernels() -> Any:
+    from interfuse.kernels import attention_pool
+
+    return attention_pool
+
+
+def pool_why_not(problem: PoolProblem) -> str | None:
+    reason = _triton.why_not(problem.device)
+    return reason if reason is not None else _pool_kernels().why_not(problem)
+
+
+def pool_run(problem: PoolProblem, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return _pool_kernels().run(problem, *inputs)
+
+
+def pool_run_backward(problem: PoolProblem, *arguments: Any) -> Three:
+    return _pool_kernels().run_backward(problem, *arguments)
