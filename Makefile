@@ -12,7 +12,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
 
 help:
 	@echo "Targets:"
-	@echo "  demo    run the documented models with torch and with interfuse side by side"
+	@echo "  demo    run the documented models with torch and with interfuse side by side, and train one"
 	@echo "  test    run all C++ and Python tests"
 	@echo "  bench   time interfuse against the peers installed"
 	@echo "  lint    ruff and mypy"

@@ -43,8 +43,8 @@ def test_doctor_names_what_is_wrong() -> None:
 
 
 def test_demo_writes_a_table_and_json(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["demo", "--size", "32", "--batch", "1", "--seconds", "0.01", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    arguments = ["demo", "--quick", "--size", "32", "--batch", "1", "--seconds", "0.01"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "demo.json").read_text())
     assert [row["part"] for row in result["rows"]] == [
@@ -55,12 +55,20 @@ def test_demo_writes_a_table_and_json(tmp_path: pathlib.Path, capsys: pytest.Cap
         assert row["part"] in printed
         assert row["ratio"] == pytest.approx(row["times"]["torch"] / row["times"]["interfuse"])
         assert max(row.get("errors", {"none": 0.0}).values()) < 1e-4
+    assert len(result["models"]) == 4
+    for row in result["models"]:
+        assert row["model"] in printed
+        assert row["ratio"] == pytest.approx(row["times"]["torch"] / row["times"]["interfuse"])
+        assert max(row.get("errors", {"none": 0.0}).values()) < 1e-4
+    assert [row["seen"] for row in result["learning"]] == ["image alone", "text alone", "image + text"]
+    for row in result["learning"]:
+        assert f"{row['accuracy']:.1%}" in printed
 
 
 def test_demo_says_how_small_an_image_may_be(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    smallest = ["--size", "22", "--batch", "1", "--seconds", "0.001", "--out", str(tmp_path)]
+    smallest = ["--quick", "--size", "22", "--batch", "1", "--seconds", "0.001", "--out", str(tmp_path)]
     assert cli.main(["demo", *smallest]) == 0
     assert cli.main(["demo", "--size", "21"]) == 2
     assert "at least 22 pixels" in capsys.readouterr().err

@@ -172,6 +172,24 @@ def test_a_trained_image_encoder_helps_where_there_is_little_to_learn_from() -> 
     assert learn(LEARNERS["attention"], few, epochs=20)[1] < ENOUGH
 
 
+def test_captions_of_scenes() -> None:
+    first, second = data.scenes(1000 + HELD_OUT, seed=1).split(1000)
+    torch.manual_seed(0)
+    model = models.MultimodalAutoencoder(
+        (3, 32, 32), len(data.WORDS), embedding=EMBEDDING, hidden=64, channels=(16, 32, 32), width=WIDTH
+    )
+
+    def loss(model: Any, part: data.Samples) -> torch.Tensor:
+        return model.loss(*part.inputs, part.labels)
+
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+    train.fit(model, first, epochs=24, batch=16, optimizer=optimizer, scheduler=falling, loss=loss)
+    for beams in (1, 3):
+        written = model.generate(second.inputs[0], max_steps=second.labels.shape[1] - 1, beams=beams)
+        assert float((written == second.labels).all(1).float().mean()) >= ENOUGH
+
+
 def test_the_documents_examples_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path))
     text = (pathlib.Path(__file__).parent.parent / "docs/models.md").read_text(encoding="utf-8")

@@ -31,10 +31,11 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=run_doctor)
 
-    demo = commands.add_parser("demo", help="a stack of CNN blocks in torch and in interfuse, side by side")
+    demo = commands.add_parser("demo", help="CNN blocks and fusion models in torch and in interfuse")
     demo.add_argument("--size", type=int, default=224, help="height and width of the images (default 224)")
     demo.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
     demo.add_argument("--seconds", type=float, default=0.5, help="of timing for each figure (default 0.5)")
+    demo.add_argument("--quick", action="store_true", help="hardly any training: shows that it works")
     demo.set_defaults(run=run_demo)
 
     bench = commands.add_parser("bench", help="one op against the peers that are installed, on this machine")
@@ -91,6 +92,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         out=arguments.out,
         as_json=arguments.json,
+        quick=arguments.quick,
     )
 
 

@@ -1,4 +1,5 @@
-"""`interfuse demo`: the documented stack of CNN blocks in torch and in interfuse, side by side.
+"""`interfuse demo`: the documented stack of CNN blocks in torch and in interfuse, side by side; then, in
+demo_fusion.py, the fusion models.
 
 Both run in this process, on the same pool of threads, in turn. `interfuse bench` is the stricter comparison:
 with every peer, each alone in a process of its own.
@@ -8,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import sys
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +17,29 @@ import torch
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.models import cnn_blocks
+from interfuse import demo_fusion
+from interfuse.demo_timing import ROUNDS, in_turn, largest_error, training_step
+from interfuse.models import cnn_blocks, smallest_size
 from interfuse.terminal import Progress, milliseconds, table
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Callable, Mapping
-
-ROUNDS = 5
 
 
-def run(size: int, batch: int, seconds: float, threads: int | None, out: pathlib.Path, as_json: bool) -> int:
+def run(
+    size: int,
+    batch: int,
+    seconds: float,
+    threads: int | None,
+    out: pathlib.Path,
+    as_json: bool,
+    quick: bool = False,
+) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     plain = cnn_blocks()
-    least = smallest_size(plain)
+    least = smallest_size(len(plain))
     if size < least or batch < 1:
         print(
             f"The demo needs images of at least {least} pixels (--size) and a batch of at least 1.",
@@ -42,10 +48,12 @@ def run(size: int, batch: int, seconds: float, threads: int | None, out: pathlib
         return 2
     result = compare(plain, torch.randn(batch, 3, size, size), seconds)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    result |= demo_fusion.run(size, batch, seconds, out / "demo_learning.png", quick)
     no_plot = plot(result, out / "demo.png")
-    print(json.dumps(result, indent=1) if as_json else text(result))
-    print(no_plot or f"Wrote {out / 'demo.json'} and {out / 'demo.png'}.", file=sys.stderr)
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1) if as_json else f"{text(result)}\n\n{demo_fusion.text(result)}")
+    written = f"{out / 'demo.json'}, {out / 'demo.png'} and {out / 'demo_learning.png'}"
+    print(no_plot or f"Wrote {written}.", file=sys.stderr)
     return 0
 
 
@@ -92,46 +100,6 @@ def compare(plain: nn.Sequential, x: Tensor, seconds: float) -> dict[str, Any]:
 def block_name(block: nn.Module) -> str:
     conv = next(block.children())
     return f"block {conv.in_channels} -> {conv.out_channels}" if isinstance(conv, nn.Conv2d) else "block"
-
-
-def smallest_size(blocks: nn.Sequential) -> int:
-    """The smallest image of which every block leaves something."""
-    size = 1
-    for _ in blocks:
-        size = 2 * size + 2
-    return size
-
-
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    parameters = list(model.parameters())
-    leaf = x.clone().requires_grad_()
-    grad = torch.ones_like(model(x))
-    return lambda: torch.autograd.grad(model(leaf), [leaf, *parameters], grad)
-
-
-def in_turn(
-    steps: Mapping[str, Callable[[], object]], seconds: float, tick: Callable[[], None]
-) -> dict[str, float]:
-    """Median time of a call of each, the providers taking turns so that a slow moment falls on both."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            step()
-            end = time.perf_counter() + seconds / ROUNDS
-            while True:
-                begin = time.perf_counter()
-                step()
-                now = time.perf_counter()
-                times[name].append(now - begin)
-                if now > end:
-                    break
-        tick()
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def largest_error(value: Tensor, truth: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((value.double() - truth).abs().max() / truth.abs().max())
 
 
 def text(result: dict[str, Any]) -> str:
