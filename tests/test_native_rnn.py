@@ -233,7 +233,7 @@ def test_token_ids_choose_rows_of_the_table() -> None:
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cell", MODULES)
 def test_few_token_ids_are_looked_up_as_gates(cell: str, bidirectional: bool) -> None:
-    """Inference keeps what each token gives to the gates, and sees every change of what that was made from."""
+    """Inference keeps what each token gives to the gates, and sees each change of what that was made from."""
     case = Case(cell=cell, batch=4, layers=2, ragged=True, bidirectional=bidirectional)
     table, ids = torch.randn(11, case.inputs), torch.randint(0, 11, (case.batch, case.steps))
     looked_up = replace(run_of(case), x=table, ids=ids)
