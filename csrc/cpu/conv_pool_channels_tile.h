@@ -19,7 +19,8 @@ constexpr int most_pixels(int vectors) {
 }
 
 // sums[q][v] = start[q * start_step + v] + sum over k of x[q * step + offsets[k]] * weight[k][v].
-// `start` is the bias (start_step 0) or the sums so far.
+// `start` is the bias (start_step 0) or the sums so far. It is added at the end: chains of rounding are then as short as
+// a block of the reduction.
 using Tile = void (*)(const float* x, int64_t step, const int32_t* offsets, int64_t depth, const float* weight,
                       const float* start, int64_t start_step, float* sums);
 
@@ -31,7 +32,7 @@ void tile(const float* x, int64_t step, const int32_t* offsets, int64_t depth, c
 #pragma GCC unroll 16
   for (int q = 0; q < Pixels; ++q)
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) sum[q][v] = load(start + q * start_step + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) sum[q][v] = zero();
   for (int64_t k = 0; k < depth; ++k, weight += Vectors * kLanes) {
     const float* at = x + offsets[k];
     Vec w[Vectors];
@@ -47,7 +48,8 @@ void tile(const float* x, int64_t step, const int32_t* offsets, int64_t depth, c
 #pragma GCC unroll 16
   for (int q = 0; q < Pixels; ++q)
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) store(sums + (q * Vectors + v) * kLanes, sum[q][v]);
+    for (int v = 0; v < Vectors; ++v)
+      store(sums + (q * Vectors + v) * kLanes, load(start + q * start_step + v * kLanes) + sum[q][v]);
 }
 
 template <int Pixels, int Vectors>
