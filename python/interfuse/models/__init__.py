@@ -4,6 +4,7 @@ from interfuse.models.autoencoder import MultimodalAutoencoder
 from interfuse.models.cnn import ConvEncoder, cnn, cnn3d, cnn_blocks, smallest_size
 from interfuse.models.fusion import Fusion, image_text_fusion, video_audio_fusion
 from interfuse.models.hierarchical import HierarchicalAttentionNetwork
+from interfuse.models.keras import load_keras
 from interfuse.models.recurrent import SequenceEncoder, lstm, rnn
 from interfuse.models.siamese import SiameseNetwork
 from interfuse.models.transfer import Transfer, freeze, thaw, transfer
@@ -25,6 +26,7 @@ __all__ = [
     "cnn_blocks",
     "freeze",
     "image_text_fusion",
+    "load_keras",
     "lstm",
     "rnn",
     "smallest_size",

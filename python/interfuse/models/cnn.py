@@ -67,7 +67,8 @@ class ConvEncoder(Encoder):
         for _ in channels:
             sizes = [(n - 2) // 2 for n in sizes]
         self.width, self.token_width = width, channels[-1]
-        self.dense = chosen(layers).dense([channels[-1] * math.prod(sizes)], [width], "relu")
+        self.map_shape = (channels[-1], *sizes)  # of what the blocks leave
+        self.dense = chosen(layers).dense([math.prod(self.map_shape)], [width], "relu")
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if lengths is not None:

@@ -62,10 +62,10 @@ class Fused:
         return FusedDense(fused.DenseChain(*chain))
 
     def attention(self, width: int, context: int, heads: int) -> nn.Module:
-        return TORCH.attention(width, context, heads)
+        return fused.CrossAttention(width, context, heads)
 
     def attention_pool(self, width: int) -> nn.Module:
-        return TORCH.attention_pool(width)
+        return fused.AttentionPool(width)
 
 
 class Torch:
