@@ -95,6 +95,8 @@ struct ConvPoolKernels {
   void (*direct)(const ConvPool&, const ConvPoolForward&);
   void (*winograd)(const ConvPool&, const ConvPoolForward&);
   void (*backward)(const ConvPool&, const ConvPoolBackward&);
+  // The name of the method that backward takes; only which gradients are wanted, and threads, are read.
+  const char* (*backward_method)(const ConvPool&, const ConvPoolBackward&);
 };
 
 // Empty where Winograd takes the problem, else the sentence that says why not.

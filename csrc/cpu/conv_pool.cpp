@@ -59,9 +59,10 @@ void direct(const ConvPool& problem, const ConvPoolForward& a) {
 
 void conv_pool_winograd(const ConvPool&, const ConvPoolForward&);
 void conv_pool_backward(const ConvPool&, const ConvPoolBackward&);
+const char* conv_pool_backward_method(const ConvPool&, const ConvPoolBackward&);
 
 extern const ConvPoolKernels conv_pool_kernels;
-const ConvPoolKernels conv_pool_kernels = {direct, conv_pool_winograd, conv_pool_backward};
+const ConvPoolKernels conv_pool_kernels = {direct, conv_pool_winograd, conv_pool_backward, conv_pool_backward_method};
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

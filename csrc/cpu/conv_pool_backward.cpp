@@ -140,6 +140,18 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   return plan;
 }
 
+// Where a pixel lies in a strip takes 32 bits: of bytes in the sparse lists, of floats in the dense ones. The strip of a very
+// large tensor, whole along two axes, may not fit; planes count in 64.
+bool offsets_fit(const BackwardPlan& plan) {
+  if (plan.method == Method::sparse) return largest_strip_floats(plan) <= INT32_MAX / static_cast<int64_t>(sizeof(float));
+  return plan.method != Method::dense || largest_strip_floats(plan) <= INT32_MAX;
+}
+
+BackwardPlan make_direct_plan(const ConvPool& p, const ConvPoolBackward& a) {
+  const BackwardPlan plan = make_plan(p, a, choose_method(p));
+  return offsets_fit(plan) ? plan : make_plan(p, a, Method::planes);
+}
+
 void zero_fill(void* to, int64_t count, int dtype) {
   if (to) memset(to, 0, static_cast<size_t>(count) * (dtype == INTERFUSE_FLOAT32 ? 4 : 2));
 }
@@ -162,6 +174,14 @@ bool takes_winograd(const BackwardPlan& plan) {
   const int64_t tiles = plan.p->batch * plan.count[0] * plan.count[1] * plan.count[2];
   const int64_t least_tiles = most(kLeastTilesOfThread, plan.weight_floats() / plan.p->groups / kPointsPerTile);
   return tiles >= least_tiles * plan.a->threads && !sums_by_channels(plan);
+}
+
+BackwardPlan choose_plan(const ConvPool& p, const ConvPoolBackward& a) {
+  if (winograd_has_gradients(p)) {
+    const BackwardPlan plan = make_plan(p, a, Method::winograd);
+    if (takes_winograd(plan)) return plan;
+  }
+  return make_direct_plan(p, a);
 }
 
 void run_plan(BackwardPlan& plan) {
@@ -214,19 +234,25 @@ void conv_pool_backward(const ConvPool& p, const ConvPoolBackward& a) {
     zero_fill(a.grad_bias, p.out_channels, p.dtype);
     return;
   }
-  if (winograd_has_gradients(p)) {
-    BackwardPlan plan = make_plan(p, a, Method::winograd);
-    if (takes_winograd(plan)) {
-      uint8_t broken = 0;
-      plan.broken = &broken;
-      run_plan(plan);
-      // A NaN or an infinity spreads over its whole tile, and large values overflow in the transforms. Whatever is not
-      // finite reaches a result, and the other methods do it all again as torch would.
-      if (!broken) return;
-    }
-  }
-  BackwardPlan plan = make_plan(p, a, choose_method(p));
+  BackwardPlan plan = choose_plan(p, a);
+  uint8_t broken = 0;
+  plan.broken = &broken;
   run_plan(plan);
+  // A NaN or an infinity spreads over its whole Winograd tile, and large values overflow in the transforms. Whatever is not
+  // finite reaches a result, and the other methods do it all again as torch would.
+  if (!broken) return;
+  plan = make_direct_plan(p, a);
+  run_plan(plan);
+}
+
+const char* conv_pool_backward_method(const ConvPool& p, const ConvPoolBackward& a) {
+  switch (choose_plan(p, a).method) {
+    case Method::sparse: return "sparse";
+    case Method::dense: return "dense";
+    case Method::planes: return "planes";
+    case Method::patches: return "patches";
+    default: return "winograd";
+  }
 }
 
 }  // namespace INTERFUSE_ISA

@@ -92,6 +92,8 @@ struct Task {
   double* grad_bias;
 };
 void run_strips(const BackwardPlan&, const Task&);
+// Of a chunk's buffer for the largest strip.
+int64_t largest_strip_floats(const BackwardPlan&);
 
 // ---- conv_pool_backward_pack.cpp: between the tensors and the packed buffers -------------------------------------
 

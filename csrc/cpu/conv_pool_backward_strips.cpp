@@ -33,6 +33,15 @@ Strip make_strip(const BackwardPlan& plan, int64_t image, int64_t images, int64_
   return s;
 }
 
+// Room for every strip: as if neither padding nor the end of the axis cut it short.
+Strip largest_strip(const BackwardPlan& plan) {
+  Strip s = make_strip(plan, 0, plan.strip_images, 0, plan.strip_steps);
+  const int i = plan.axis;
+  s.size[i] = ((plan.strip_steps - 1) * plan.window_stride[i] + plan.window[i] - 1) * plan.stride[i] + plan.reach(i);
+  set_steps(plan, &s);
+  return s;
+}
+
 class Worker {
  public:
   Worker(const BackwardPlan& plan, const Task& task) : plan_(plan), p_(*plan.p), task_(task), channels_(task.k_end - task.k_begin) { allocate(); }
@@ -69,17 +78,8 @@ class Worker {
 
   // ---- working space ----------------------------------------------------------------------------------------------
 
-  // Room for every strip: as if neither padding nor the end of the axis cut it short.
-  Strip largest_strip() const {
-    Strip s = make_strip(plan_, 0, plan_.strip_images, 0, plan_.strip_steps);
-    const int i = plan_.axis;
-    s.size[i] = ((plan_.strip_steps - 1) * plan_.window_stride[i] + plan_.window[i] - 1) * plan_.stride[i] + plan_.reach(i);
-    set_steps(plan_, &s);
-    return s;
-  }
-
   void allocate() {
-    Strip s = largest_strip();
+    Strip s = largest_strip(plan_);
     int64_t carried = s.floats / s.size[plan_.axis] * carry_rows();
     if (plan_.in_planes()) {
       planes_ = planes_of(plan_, s, channels_);
@@ -329,6 +329,8 @@ class Worker {
 };
 
 }  // namespace
+
+int64_t largest_strip_floats(const BackwardPlan& plan) { return largest_strip(plan).floats; }
 
 void run_strips(const BackwardPlan& plan, const Task& task) {
   if (task.begin >= task.end || task.unit_begin >= task.unit_end) return;

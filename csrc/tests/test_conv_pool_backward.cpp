@@ -1,6 +1,7 @@
 // conv_pool's gradients by the family of kernels that computes them. Which one does depends on the channels of a group
 // against the lanes of a vector and on what the pool leaves: each problem is large enough to be cut into strips, and
 // runs with channels for few and for many lanes.
+#include "common/conv_pool.h"
 #include "tests/run_conv_pool.h"
 
 using namespace interfuse_test;
@@ -141,6 +142,38 @@ TEST(conv_pool_patches_backward_misaligned) { run_all(kPatches, kMisaligned); }
 TEST(conv_pool_planes_backward) { run_all(kPlanes, kExact); }
 TEST(conv_pool_planes_backward_split) { run_all(kPlanes, kSplit); }
 TEST(conv_pool_planes_backward_misaligned) { run_all(kPlanes, kMisaligned); }
+
+std::string method_of(const Problem& problem) {
+  const interfuse::ConvPool p = interfuse::checked_conv_pool(spec_of(problem, INTERFUSE_FLOAT32, false, true));
+  interfuse::ConvPoolBackward wanted{};
+  float gradient;
+  wanted.grad_x = wanted.grad_weight = &gradient;
+  wanted.threads = 2;
+  return INTERFUSE_PICK(conv_pool_kernels)->backward_method(p, wanted);
+}
+
+TEST(conv_pool_backward_takes_the_method_it_is_tested_for) {
+  // Vectors of four lanes are filled by three channels already.
+  const bool narrow = std::string(interfuse_isa()) == "baseline";
+  for (const Problem& problem : kPatches)
+    if (!narrow || problem.in_channels < 3) CHECK_EQUAL(method_of(problem), std::string("patches"));
+  CHECK_EQUAL(method_of(kSparse[0]), std::string("sparse"));
+  CHECK_EQUAL(method_of(kDense[0]), std::string("dense"));
+  CHECK_EQUAL(method_of(kPlanes[3]), std::string("planes"));
+}
+
+// Strips are whole along two axes: there the offsets of a pixel in 32 bits, of bytes or of floats, would overflow.
+TEST(conv_pool_backward_of_strips_beyond_32_bits) {
+  Problem problem = {"large", 1, 32, 32, 1, {1, 9, 70000}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1},
+                     INTERFUSE_RELU, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 1};
+  CHECK_EQUAL(method_of(problem), std::string("sparse"));
+  problem.input[0] = 300;
+  CHECK_EQUAL(method_of(problem), std::string("planes"));
+  problem.pool = kNone, problem.pool_size[1] = problem.pool_size[2] = problem.pool_stride[1] = problem.pool_stride[2] = 1;
+  CHECK_EQUAL(method_of(problem), std::string("dense"));
+  problem.input[0] = 2000;
+  CHECK_EQUAL(method_of(problem), std::string("planes"));
+}
 
 // A weight of which every thread cannot have a sum of its own: they share the filters instead of the image.
 TEST(conv_pool_backward_of_a_large_weight) {
