@@ -42,11 +42,11 @@ test: setup
 	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure
 	$(BIN)/python -m pytest
 
-# pytest-benchmark's cases of every op, then each op against its peers.
+# pytest-benchmark's cases of every op and of the models, then each against its peers.
 bench: setup
 	@mkdir -p out
-	$(BIN)/python -m pytest $(OPS:%=bench/%.py) --benchmark-enable --benchmark-json out/pytest_benchmark.json
-	for op in $(OPS); do $(BIN)/interfuse bench $$op || exit 1; done
+	$(BIN)/python -m pytest $(OPS:%=bench/%.py) bench/models.py --benchmark-enable --benchmark-json out/pytest_benchmark.json
+	for op in $(OPS) models; do $(BIN)/interfuse bench $$op || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -106,7 +106,10 @@ def prepared(workload: Workload, channels_last: bool) -> tuple[nn.Module, list[T
     module, inputs = workload.module(), workload.inputs()
     if channels_last and workload.channels_last is not None:
         module = module.to(memory_format=workload.channels_last)
-        inputs = [x.contiguous(memory_format=workload.channels_last) for x in inputs]
+        dimensions = 5 if workload.channels_last is torch.channels_last_3d else 4
+        inputs = [
+            x.contiguous(memory_format=workload.channels_last) if x.dim() == dimensions else x for x in inputs
+        ]
     return module, inputs
 
 
@@ -148,6 +151,12 @@ def ours(workload: Workload, threads: int) -> Built:
 def ours_channels_last(workload: Workload, threads: int) -> Built:
     module, inputs = prepared(workload, channels_last=True)
     return torch_built(workload, workload.ours(module), inputs)
+
+
+def ours_optimized(workload: Any, threads: int) -> Built:
+    """The peers' own module, through optimize()."""
+    module, inputs = prepared(workload, channels_last=False)
+    return torch_built(workload, workload.ours_optimized(module), inputs)
 
 
 def ours_highest(workload: Workload, threads: int) -> Built:
@@ -233,6 +242,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("interfuse_channels_last", "interfuse", ours_channels_last, ours=True,
                  layout="channels_last"),
         Provider("interfuse_highest", "interfuse", ours_highest, ours=True, dtypes=_F32),
+        Provider("interfuse_optimized", "interfuse", ours_optimized, ours=True),
         Provider("interfuse_half_weights", "interfuse", ours_half_weights, ours=True, trains=False,
                  dtypes=_F32, weights=torch.bfloat16),
         Provider("interfuse_padded", "interfuse", ours_padded, ours=True),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-OPS = ("conv_pool", "linear", "rnn", "attention")  # those with a file in bench/
+OPS = ("conv_pool", "linear", "rnn", "attention", "models")  # those with a file in bench/
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="hardly any training: shows that it works")
     demo.set_defaults(run=run_demo)
 
-    bench = commands.add_parser("bench", help="one op against the peers that are installed, on this machine")
-    bench.add_argument("op", nargs="?", choices=OPS, default=OPS[0], help="the op (default: the first)")
+    bench = commands.add_parser("bench", help="an op, or whole models, against the peers that are installed")
+    bench.add_argument("op", nargs="?", choices=OPS, default=OPS[0], help="default: the first")
     bench.add_argument(
         "--check", action="store_true", help="exit with status 1 where a bar is missed, and name it"
     )
