@@ -75,7 +75,7 @@ LEARNERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_image_and_text_together(name: str) -> None:
-    assert learn(LEARNERS[name], image_text(), epochs=8)[1] >= ENOUGH
+    assert learn(LEARNERS[name], image_text(), epochs=16)[1] >= ENOUGH
 
 
 def test_video_and_audio_together() -> None:
