@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench import peers
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
-from interfuse.bench.workers import sample
+from interfuse.bench.workers import between
 from interfuse.cases import linear as cases
 from torch import Tensor, nn
 
@@ -221,16 +220,8 @@ class LinearWorkload:
         def binding() -> None:
             _native.linear_forward(desc, pointers, weight, 0, bias, y.data_ptr(), 0, threads)
 
-        pairs, cpu = [], 0.0
         with torch.no_grad():
-            for _ in range(5):
-                samples = sample(op, seconds / 10), sample(binding, seconds / 10)
-                pairs.append(tuple(s["median"] for s in samples))
-                cpu += sum(s["cpu"] for s in samples)
-        call, kernel, between = (
-            statistics.median(values) for values in zip(*((c, k, c - k) for c, k in pairs), strict=True)
-        )
-        return {"call": call, "kernel": kernel, "overhead": between, "cpu": cpu}
+            return between(op, binding, seconds)
 
 
 OVERHEAD_CASE = "head-b1@tiny"
@@ -283,7 +274,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    built = built_here(name, provider)
+    built = peers.built_here(workload(name), provider)
     with torch.no_grad():
         benchmark(built.infer)
 
@@ -291,18 +282,7 @@ def test_inference(benchmark: Any, name: str, provider: str) -> None:
 def test_training(benchmark: Any, name: str, provider: str) -> None:
     import pytest
 
-    train = built_here(name, provider).train
+    train = peers.built_here(workload(name), provider).train
     if train is None:
         pytest.skip(f"{provider} does not train.")
     benchmark(train)
-
-
-def built_here(name: str, provider: str) -> peers.Built:
-    """In this process: these providers share torch's pool of threads, so none spins beside another."""
-    import pytest
-
-    case, chosen = workload(name), peers.PROVIDERS[provider]
-    reason = chosen.why_not(case)
-    if reason:
-        pytest.skip(reason)
-    return chosen.build(case, torch.get_num_threads())

@@ -171,9 +171,11 @@ def test_nothing_outside_is_written() -> None:
 @pytest.mark.parametrize(
     "name", [name for name in ACTIVATIONS if name != "gelu"]
 )  # torch's of infinity is NaN
-def test_nan_and_infinity_pass_as_in_torch(name: str) -> None:
-    x, weight = torch.randn(5, 20), torch.randn(6, 20)
+@pytest.mark.parametrize(("rows", "width", "out"), [(5, 20, 6), (150, 40, 20)])
+def test_nan_and_infinity_pass_as_in_torch(name: str, rows: int, width: int, out: int) -> None:
+    x, weight = torch.randn(rows, width), torch.randn(out, width)
     x[1, 3], x[2, 19], x[3, 0] = float("nan"), float("inf"), -float("inf")
+    x[4, 5] = torch.finfo(torch.float32).max
     ours = linear(x, weight, None, name, backend="native")
     torchs = linear(x, weight, None, name, backend="reference")
     assert torch.equal(ours.isnan(), torchs.isnan())

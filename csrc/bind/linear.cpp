@@ -93,6 +93,81 @@ void linear_backward(const LinearDesc& desc, uintptr_t grad_y, const std::vector
   raise(status);
 }
 
+// One inference call of a chain of layers as it was made once; see ConvPoolCall. A layer is (weight, bias, scale,
+// arguments), and its arguments must be equal to the first call's.
+class LinearCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 3;
+  static constexpr const char* kDoc = "run takes inputs, layers and threads";
+
+  LinearCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::list& descs,
+             const py::tuple& inputs, const py::list& layers, const py::tuple& size, const py::tuple& strides)
+      : like_(exchange, watchers, types), held_(descs), size_(size), strides_(strides) {
+    if (inputs.empty() || layers.empty() || descs.size() != layers.size())
+      throw py::value_error("linear: a call is made of at least one input, and of a LinearDesc for each of its layers.");
+    for (const py::handle& desc : descs) plans_.push_back(desc.cast<const LinearDesc&>().plan());
+    for (const py::handle& x : inputs) inputs_.push_back(like_.describe(py::reinterpret_borrow<py::object>(x)));
+    descs[0].cast<const LinearDesc&>().pointers<void>(std::vector<uintptr_t>(inputs.size()));  // throws where these are too few
+    for (const py::handle& given : layers) {
+      const py::tuple layer = py::reinterpret_borrow<py::tuple>(given);
+      layers_.push_back({{like_.describe(layer[0]), like_.describe(layer[1]), like_.describe(layer[2])}, layer[3]});
+    }
+  }
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    if (const int watched = like_.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    if (!(PyTuple_CheckExact(args[0]) || PyList_CheckExact(args[0])) || !PyList_CheckExact(args[1])) Py_RETURN_NONE;
+    if (PySequence_Fast_GET_SIZE(args[0]) != static_cast<Py_ssize_t>(inputs_.size()) ||
+        PyList_GET_SIZE(args[1]) != static_cast<Py_ssize_t>(layers_.size()))
+      Py_RETURN_NONE;
+    PyObject* const* given = PySequence_Fast_ITEMS(args[0]);
+    std::vector<void*> from(inputs_.size());
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      const int fits = like_.address(given[i], inputs_[i], &from[i]);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    }
+    std::vector<interfuse_linear_weights> weights(layers_.size());
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      PyObject* const layer = PyList_GET_ITEM(args[1], static_cast<Py_ssize_t>(i));
+      if (!PyTuple_CheckExact(layer) || PyTuple_GET_SIZE(layer) != 4) Py_RETURN_NONE;
+      void* data[3];
+      for (int k = 0; k < 3; ++k) {
+        const int fits = like_.address(PyTuple_GET_ITEM(layer, k), layers_[i].expected[k], &data[k]);
+        if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+      }
+      const int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(layer, 3), layers_[i].arguments.ptr(), Py_EQ);
+      if (same != 1) return same < 0 ? nullptr : Py_NewRef(Py_None);
+      weights[i] = {data[0], static_cast<const float*>(data[2]), data[1]};
+    }
+    void* to;
+    py::object y = like_.make(given[0], size_, strides_, &to);
+    if (!y) return nullptr;
+    interfuse_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = interfuse_linear_chain(plans_.data(), weights.data(), static_cast<int32_t>(plans_.size()), from.data(), to, threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? y.release().ptr() : nullptr;
+  }
+
+ private:
+  struct Layer {
+    Likeness::Tensor expected[3];
+    py::object arguments;
+  };
+  Likeness like_;
+  py::list held_;
+  py::tuple size_, strides_;
+  std::vector<const interfuse_linear*> plans_;
+  std::vector<Likeness::Tensor> inputs_;
+  std::vector<Layer> layers_;
+};
+
+py::object linear_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types,
+                       const py::list& descs, const py::tuple& inputs, const py::list& layers, const py::tuple& size,
+                       const py::tuple& strides) {
+  return callable_of(std::make_unique<LinearCall>(exchange, watchers, types, descs, inputs, layers, size, strides));
+}
+
 }  // namespace
 
 void linear(py::module_& m) {
@@ -105,6 +180,8 @@ void linear(py::module_& m) {
         py::arg("bias"), py::arg("y"), py::arg("pre"), py::arg("threads"));
   m.def("linear_chain", &linear_chain, py::arg("descs"), py::arg("inputs"), py::arg("weights"), py::arg("y"),
         py::arg("threads"));
+  m.def("linear_call", &linear_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("descs"),
+        py::arg("inputs"), py::arg("layers"), py::arg("size"), py::arg("strides"));
   m.def("linear_backward", &linear_backward, py::arg("desc"), py::arg("grad_y"), py::arg("inputs"), py::arg("weight"),
         py::arg("y"), py::arg("pre"), py::arg("grad_inputs"), py::arg("grad_weight"), py::arg("grad_bias"),
         py::arg("threads"));

@@ -2,8 +2,10 @@
 // with few outputs, some of the rows for all outputs.
 #include "cpu/linear.h"
 
+#include "common/matrix_units.h"
 #include "common/scratch.h"
 #include "cpu/linear_tile.h"
+#include "cpu/split_product.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -56,12 +58,159 @@ void products_of(const Linear& p, const InputRows* inputs, const void* weight, R
   }
 }
 
-// Everything in float but the weight.
-void forward_floats(const Linear& p, const InputRows* inputs, int64_t row_count, const interfuse_linear_weights& weights,
-                    const float* bias, float* y, float* pre, int threads) {
+struct Floats {  // everything in float but the weight
+  const InputRows* inputs;
+  const interfuse_linear_weights& weights;
+  const float* bias;
+  float* y;
+  float* pre;
+};
+
+// Scale, bias and activation of these sums; softmax only where the rows are whole: softmax_rows does it elsewhere.
+void finish(const Linear& p, const Floats& t, Range rows, Range outputs, bool whole_rows) {
   const bool softmax = p.activation == INTERFUSE_SOFTMAX;
   const Activation f{softmax ? int(INTERFUSE_NONE) : p.activation, p.slope};
+  const int64_t first = outputs.begin, count = outputs.end - outputs.begin;
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    float* const y = t.y + r * p.outputs + first;
+    finish_row(f, t.weights.scale ? t.weights.scale + first : nullptr, t.bias ? t.bias + first : nullptr, y,
+               t.pre ? t.pre + r * p.outputs + first : nullptr, count);
+    if (softmax && whole_rows) softmax_row(y, p.outputs);
+  }
+}
+
+void softmax_rows(const Linear& p, float* y, int64_t row_count, int threads) {
+  if (p.activation != INTERFUSE_SOFTMAX) return;
+  parallel(worth_threads(row_count * p.outputs, threads), [&](int thread, int team) {
+    const Range rows = share(row_count, thread, team);
+    for (int64_t r = rows.begin; r < rows.end; ++r) softmax_row(y + r * p.outputs, p.outputs);
+  });
+}
+
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+// With fewer rows, cutting the weight into pieces takes longer than the matrix units save; more at a time than a few
+// hundred save nothing any more.
+constexpr int64_t kRowsWorthSplitting = 128, kRowsSplit = 256, kSplitBytes = 16 << 20;
+
+bool worth_splitting(const Linear& p, int64_t rows) {
+  return p.weight_dtype == INTERFUSE_FLOAT32 && p.dtype == INTERFUSE_FLOAT32 && rows >= kRowsWorthSplitting &&
+         p.outputs >= split::kSide && p.depth >= split::kDepth && matrix_units();
+}
+
+// A step of sixteen rows of the inputs side by side, as the second factor.
+void cut_inputs(const Linear& p, const InputRows* inputs, Range rows, int64_t step, uint16_t* to) {
+  const int64_t begin = step * split::kDepth, end = begin + split::kDepth < p.depth ? begin + split::kDepth : p.depth;
+  int64_t i = 0;
+  while (p.inputs[i].column + p.inputs[i].width <= begin) ++i;
+  const bool one = p.inputs[i].column + p.inputs[i].width >= end;
+  for (int64_t r = 0; r < split::kSide; ++r) {
+    const int64_t row = rows.begin + r < rows.end ? rows.begin + r : rows.end - 1;
+    const float* from = inputs[i].data + row * inputs[i].stride + (begin - p.inputs[i].column);
+    float joined[split::kDepth];
+    if (!one) {
+      int64_t at = begin;
+      for (int64_t k = i; at < end; ++k) {
+        const int64_t to_column = p.inputs[k].column + p.inputs[k].width, until = to_column < end ? to_column : end;
+        memcpy(joined + (at - begin), inputs[k].data + row * inputs[k].stride + (at - p.inputs[k].column),
+               static_cast<size_t>(until - at) * sizeof(float));
+        at = until;
+      }
+      from = joined;
+    }
+    const Vec first = split::load_up_to(from, end - begin);
+    split::cut_along(first, end - begin > kLanes ? split::load_up_to(from + kLanes, end - begin - kLanes) : zero(),
+                     to + r * split::kDepth);
+  }
+  split::turn(to);
+}
+
+INTERFUSE_INLINE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+
+// Line `line` of `count` steps of 32 rows of the weight.
+INTERFUSE_INLINE void cut_weight(const Linear& p, const float* weight, int64_t block, int64_t step, int64_t count, int64_t line,
+                                 uint16_t* to) {
+  // Beyond the last row it is taken again: nobody reads those sums.
+  const float* from = weight + at_most(block * split::kWide + line, p.outputs - 1) * p.depth + step * split::kDepth;
+  const int64_t depth = p.depth - step * split::kDepth;
+  if (count == split::kSteps && depth >= split::kSteps * split::kDepth) {
+    unrolled<split::kSteps>([&](int i) __attribute__((always_inline)) {
+      split::cut_along(load(from + i * split::kDepth), load(from + i * split::kDepth + kLanes), to + i * split::kStep);
+    });
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i, from += split::kDepth) {
+    const int64_t left = depth - i * split::kDepth;
+    split::cut_along(split::load_up_to(from, left), left > kLanes ? split::load_up_to(from + kLanes, left - kLanes) : zero(),
+                     to + i * split::kStep);
+  }
+}
+
+// Products of at most kRowsSplit rows with 32 rows of the weight for each of `blocks`.
+void split_rows(const Linear& p, const Floats& t, Range rows, Range blocks) {
+  const int64_t steps = split::steps_of(p.depth), panels = split::panels_of(rows.end - rows.begin);
+  uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * split::kStep) * 2));
+  for (int64_t i = 0; i < panels * steps; ++i)
+    cut_inputs(p, t.inputs, {rows.begin + i / steps * split::kSide, rows.end}, i % steps, kept + i * split::kStep);
+  split::Product product{kept, steps, {0, panels / 2}, blocks, nullptr, nullptr};
+  product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
+  product.sums = scratch_floats(Slot::products, product.room_for_sums());
+  const float* const weight = static_cast<const float*>(t.weights.weight);
+  IVec other{};
+  split::multiply_all<true>(
+      product,
+      [&](int64_t block, int64_t step, int64_t count, int64_t line, uint16_t* to) __attribute__((always_inline)) {
+        cut_weight(p, weight, block, step, count, line, to);
+      },
+      [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
+        for (int tile = 0; tile < 4; ++tile, sums += split::kSide * kLanes) {  // the weight's rows by the inputs': transposed
+          const int64_t n = block * split::kWide + tile / 2 * split::kSide;
+          const int64_t row = rows.begin + pair * split::kWide + tile % 2 * split::kSide;
+          if (n >= p.outputs || row >= rows.end) continue;
+          Vec lines[kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            lines[i] = load(sums + i * kLanes);
+            split::look(lines[i], other);
+          }
+          transpose(lines);
+          const int64_t count = at_most(p.outputs - n, kLanes), high = at_most(rows.end - row, kLanes);
+          for (int i = 0; i < kLanes; ++i)
+            if (i < high) store_first(t.y + (row + i) * p.outputs + n, lines[i], static_cast<int>(count));
+        }
+      });
+  if (split::any(other))
+    products(p, t.inputs, weight, rows, {blocks.begin * split::kWide, at_most(blocks.end * split::kWide, p.outputs)}, t.y);
+}
+
+// Each thread takes some of the rows and cuts the whole weight: what threads hand to each other costs more than cutting it
+// twice. Only where there are more threads than rows to give do they take some of the outputs.
+void forward_split(const Linear& p, const Floats& t, int64_t row_count, int threads) {
+  const int64_t bytes = split::steps_of(p.depth) * split::kStep * 2;  // of sixteen rows in pieces
+  int64_t most = kSplitBytes / bytes / 2 * split::kWide;
+  most = most < split::kWide ? split::kWide : at_most(most, kRowsSplit);
+  const int64_t units = (row_count + split::kWide - 1) / split::kWide, blocks = (p.outputs + split::kWide - 1) / split::kWide;
+  const int down = static_cast<int>(at_most(threads, units)), across = static_cast<int>(at_most(threads / down, blocks));
+  parallel(threads, [&](int thread, int team) {
+    const Range jobs = share(down * across, thread, team);
+    for (int64_t job = jobs.begin; job < jobs.end; ++job) {
+      const Range mine = share(units, static_cast<int>(job / across), down);
+      const Range columns = share(blocks, static_cast<int>(job % across), across);
+      const int64_t last = at_most(mine.end * split::kWide, row_count);
+      for (int64_t begin = mine.begin * split::kWide; begin < last; begin += most) {
+        const Range rows{begin, at_most(begin + most, last)};
+        split_rows(p, t, rows, columns);
+        finish(p, t, rows, {columns.begin * split::kWide, at_most(columns.end * split::kWide, p.outputs)}, across == 1);
+      }
+    }
+  });
+  if (across > 1) softmax_rows(p, t.y, row_count, threads);
+}
+#endif
+
+void forward_floats(const Linear& p, const Floats& t, int64_t row_count, int threads) {
   threads = worth_threads(row_count * p.outputs * p.depth, threads);
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  if (worth_splitting(p, row_count)) return forward_split(p, t, row_count, threads);
+#endif
   const int64_t groups = (p.outputs + kDotColumns - 1) / kDotColumns;
   const bool by_outputs = groups >= 4 * threads || row_count < 2 * threads;
   parallel(threads, [&](int thread, int team) {
@@ -73,23 +222,13 @@ void forward_floats(const Linear& p, const InputRows* inputs, int64_t row_count,
     } else {
       rows = share(row_count, thread, team);
     }
-    const int64_t first = outputs.begin;
     for (int64_t begin = rows.begin; begin < rows.end; begin += kRowsAtOnce) {
       const int64_t end = begin + kRowsAtOnce < rows.end ? begin + kRowsAtOnce : rows.end;
-      products_of(p, inputs, weights.weight, {begin, end}, outputs, y);
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t at = r * p.outputs + first;
-        finish_row(f, weights.scale ? weights.scale + first : nullptr, bias ? bias + first : nullptr, y + at,
-                   pre ? pre + at : nullptr, outputs.end - first);
-        if (softmax && !by_outputs) softmax_row(y + at, p.outputs);
-      }
+      products_of(p, t.inputs, t.weights.weight, {begin, end}, outputs, t.y);
+      finish(p, t, {begin, end}, outputs, !by_outputs);
     }
   });
-  if (softmax && by_outputs)  // a row was many threads' work
-    parallel(worth_threads(row_count * p.outputs, threads), [&](int thread, int team) {
-      const Range rows = share(row_count, thread, team);
-      for (int64_t r = rows.begin; r < rows.end; ++r) softmax_row(y + r * p.outputs, p.outputs);
-    });
+  if (by_outputs) softmax_rows(p, t.y, row_count, threads);
 }
 
 // bfloat16: some rows at a time are turned into floats and the results back; the weight is converted in registers.
@@ -114,7 +253,7 @@ void forward_halves(const Linear& p, const LinearForward& call) {
       inputs[i] = {to, in.width};
       to += rows * in.width;
     }
-    forward_floats(p, inputs, rows, call.weights, bias, y, pre, call.threads);
+    forward_floats(p, {inputs, call.weights, bias, y, pre}, rows, call.threads);
     const int64_t at = begin * p.outputs, count = rows * p.outputs;
     convert_row(y, static_cast<uint16_t*>(call.y) + at, count);
     if (pre) convert_row(pre, static_cast<uint16_t*>(call.pre) + at, count);
@@ -125,8 +264,10 @@ void linear_forward(const Linear& p, const LinearForward& call) {
   if (p.dtype == INTERFUSE_BFLOAT16) return forward_halves(p, call);
   InputRows* const inputs = static_cast<InputRows*>(scratch(Slot::other, static_cast<size_t>(p.input_count) * sizeof(InputRows)));
   for (int64_t i = 0; i < p.input_count; ++i) inputs[i] = {static_cast<const float*>(call.inputs[i]), p.inputs[i].row_stride};
-  forward_floats(p, inputs, p.rows, call.weights, static_cast<const float*>(call.weights.bias), static_cast<float*>(call.y),
-                 static_cast<float*>(call.pre), call.threads);
+  forward_floats(p,
+                 {inputs, call.weights, static_cast<const float*>(call.weights.bias), static_cast<float*>(call.y),
+                  static_cast<float*>(call.pre)},
+                 p.rows, call.threads);
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ const Problem kProblems[] = {
     {40, 60, {1300}, INTERFUSE_RELU, true},
     {210, 6, {31}, INTERFUSE_RELU, false},
     {130, 150, {70, 5}, INTERFUSE_RELU, true},
+    {141, 43, {70, 5, 200}, INTERFUSE_NONE, true},
     {0, 3, {4}, INTERFUSE_RELU, true},
 };
 // clang-format on

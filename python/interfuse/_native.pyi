@@ -182,6 +182,18 @@ def linear_chain(
     y: int,
     threads: int,
 ) -> None: ...
+# As conv_pool_call: run(inputs, layers, threads) for inputs and layers like the given ones; a layer is
+# (weight, bias, scale, arguments).
+def linear_call(
+    exchange: Any,
+    watchers: tuple[Callable[[], Any], ...],
+    types: tuple[type, type],
+    descs: list[LinearDesc],
+    inputs: tuple[Any, ...],
+    layers: list[Any],
+    size: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Callable[[Any, Any, int], Any]: ...
 def linear_backward(
     desc: LinearDesc,
     grad_y: int,
