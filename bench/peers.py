@@ -117,6 +117,12 @@ def eager(workload: Workload, threads: int) -> Built:
     return torch_built(workload, *prepared(workload, channels_last=False))
 
 
+def torch_fused(workload: Any, threads: int) -> Built:
+    """What torch has of its own for the whole of it."""
+    module, inputs = prepared(workload, channels_last=False)
+    return torch_built(workload, workload.torch_fused(module), inputs)
+
+
 def eager_channels_last(workload: Workload, threads: int) -> Built:
     return torch_built(workload, *prepared(workload, channels_last=True))
 
@@ -249,6 +255,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("interfuse_int8_weights", "interfuse", ours_int8_weights, ours=True, trains=False,
                  dtypes=_F32, weights=torch.int8),
         Provider("eager", "torch", eager),
+        Provider("torch_fused", "torch", torch_fused),
         Provider("channels_last", "torch", eager_channels_last, layout="channels_last"),
         Provider("compile", "torch", compiled),
         Provider("compile_channels_last", "torch", compiled_channels_last, layout="channels_last"),

@@ -46,5 +46,6 @@ PYBIND11_MODULE(_native, m) {
   interfuse::bind::attention(m);
   interfuse::bind::conv_pool(m);
   interfuse::bind::linear(m);
+  interfuse::bind::losses(m);
   interfuse::bind::rnn(m);
 }

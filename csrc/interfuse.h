@@ -277,6 +277,47 @@ INTERFUSE_API interfuse_status interfuse_attention_pool_backward(const interfuse
                                                                  void* grad_hidden, float* grad_context,
                                                                  int32_t threads);
 
+/* ---- losses --------------------------------------------------------------------------------------------- */
+
+typedef enum interfuse_reduction { INTERFUSE_REDUCE_NONE = 0, INTERFUSE_REDUCE_MEAN = 1, INTERFUSE_REDUCE_SUM = 2 } interfuse_reduction;
+
+/* Cross-entropy of input weight^T + bias with labels, whose logits never exist for more than some rows at a time. */
+typedef struct interfuse_cross_entropy_spec {
+  int32_t dtype; /* interfuse_dtype of input, weight, bias and their gradients */
+  int32_t reduction; /* interfuse_reduction; a mean is over the labels' class weights */
+  int64_t rows, classes, features;
+  int64_t input_row_stride; /* in elements; weight is dense */
+  int64_t ignore_index;     /* a label of rows that do not count */
+  float label_smoothing;    /* 0 to 1 */
+} interfuse_cross_entropy_spec;
+
+typedef struct interfuse_cross_entropy_tensors {
+  const void* input;         /* (rows, features) */
+  const void* weight;        /* (classes, features) */
+  const void* bias;          /* (classes), or NULL */
+  const float* class_weight; /* (classes), or NULL: all one */
+  const int64_t* target;     /* (rows): classes, or ignore_index */
+} interfuse_cross_entropy_tensors;
+
+/* Dense, of the tensors' shapes and dtype; NULL where not wanted. */
+typedef struct interfuse_cross_entropy_gradients {
+  void *input, *weight, *bias;
+} interfuse_cross_entropy_gradients;
+
+/* loss is one float, or with reduction none one for each row. lse (rows), the logarithms of the sums of exponentials, is
+ * what backward needs, or NULL. With gradients (or NULL), those of the loss itself are computed along with it: three
+ * products of the size of the logits, where backward does four in all. Only for a reduction to one number. */
+INTERFUSE_API interfuse_status interfuse_cross_entropy_forward(const interfuse_cross_entropy_spec* spec,
+                                                               const interfuse_cross_entropy_tensors* tensors, float* loss,
+                                                               float* lse, const interfuse_cross_entropy_gradients* gradients,
+                                                               int32_t threads);
+/* grad_loss is of loss's shape, lse from a forward of the same spec and tensors. */
+INTERFUSE_API interfuse_status interfuse_cross_entropy_backward(const interfuse_cross_entropy_spec* spec,
+                                                                const interfuse_cross_entropy_tensors* tensors,
+                                                                const float* lse, const float* grad_loss,
+                                                                const interfuse_cross_entropy_gradients* gradients,
+                                                                int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

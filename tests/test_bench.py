@@ -17,6 +17,7 @@ from interfuse.bench import (
     compare,
     conv_pool,
     gpu,
+    losses,
     models,
     noise,
     peers,
@@ -158,6 +159,8 @@ EVERY = [
     *((models, name, provider) for name in ("image-text-b8@tiny", "video-audio-b4@tiny")
       for provider in ("interfuse", "interfuse_optimized", "interfuse_half_weights", "channels_last",
                        "onnxruntime", "openvino")),
+    *((losses, name, provider) for name in losses.names(further=True, quick=True)
+      for provider in ("interfuse", "torch_fused")),
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ def test_doctor_prints_what_is_there(capsys: pytest.CaptureFixture[str]) -> None
     assert f"torch {torch.__version__}" in text
     assert "instruction set" in text
     assert "back ends of conv_pool:" in text
+    assert "back ends of losses:" in text
     assert "back ends of rnn:" in text
     assert "native on cpu: ready" in text
     assert "Everything is in order." in text

@@ -169,6 +169,7 @@ py::object callable_of(std::unique_ptr<Call> call) {
 void attention(py::module_& m);
 void conv_pool(py::module_& m);
 void linear(py::module_& m);
+void losses(py::module_& m);
 void rnn(py::module_& m);
 
 }  // namespace bind

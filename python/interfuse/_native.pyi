@@ -278,5 +278,36 @@ def attention_pool_backward(
     threads: int,
 ) -> None: ...
 
+class CrossEntropyDesc:
+    def __init__(
+        self,
+        dtype: str,
+        rows: int,
+        classes: int,
+        features: int,
+        input_row_stride: int,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> None: ...
+
+# Tensors are the addresses of input, weight, bias, class weights and targets, gradients those of input,
+# weight and bias; 0 for none.
+def cross_entropy_forward(
+    desc: CrossEntropyDesc,
+    tensors: Sequence[int],
+    loss: int,
+    lse: int,
+    gradients: Sequence[int],
+    threads: int,
+) -> None: ...
+def cross_entropy_backward(
+    desc: CrossEntropyDesc,
+    tensors: Sequence[int],
+    lse: int,
+    grad_loss: int,
+    gradients: Sequence[int],
+    threads: int,
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...

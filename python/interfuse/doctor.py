@@ -64,9 +64,11 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
     from interfuse.ops import _linear_checks as linear_checks
     from interfuse.ops import _rnn_checks as rnn_checks
     from interfuse.ops._linear_problem import LinearParams
+    from interfuse.ops._losses_problem import CrossEntropyParams, CrossEntropyProblem
     from interfuse.ops.attention import IMPLEMENTATIONS as attention  # noqa: N811
     from interfuse.ops.conv_pool import IMPLEMENTATIONS as conv_pool  # noqa: N811
     from interfuse.ops.linear import IMPLEMENTATIONS as linear  # noqa: N811
+    from interfuse.ops.losses import IMPLEMENTATIONS as losses  # noqa: N811
     from interfuse.ops.rnn import IMPLEMENTATIONS as rnn  # noqa: N811
 
     options = conv_pool_checks.Options(
@@ -84,6 +86,10 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
         "linear": (
             linear,
             linear_checks.check([sequence], weights[0], None, None, LinearParams(), save=False),
+        ),
+        "losses": (
+            losses,
+            CrossEntropyProblem(CrossEntropyParams(), 3, 32, 8, torch.float32, torch.device("cpu"), False),
         ),
         "rnn": (rnn, rnn_checks.check(sequence, None, None, None, None, weights, lstm, save=False)),
         "attention": (attention, attention_checks.check(heads, plainly, weights=False, save=False)),

@@ -19,6 +19,7 @@ from interfuse.rewrite.bound import (
 )
 from interfuse.rewrite.conv_pool import ConvPool
 from interfuse.rewrite.linear import Linear
+from interfuse.rewrite.losses import Losses
 from interfuse.rewrite.measure import Examples, Outcome, try_sites, whole_model
 from interfuse.rewrite.plan import Candidate, Plan, make_plan
 from interfuse.rewrite.report import Explanation, Row
@@ -31,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Identity = tuple[str, str, Hashable]
 
 # What optimize() looks for. An op joins by adding its pattern.
-PATTERNS: tuple[Pattern, ...] = (ConvPool(), Rnn(), Linear(), Attention())
+PATTERNS: tuple[Pattern, ...] = (ConvPool(), Rnn(), Linear(), Attention(), Losses())
 
 REPORT = "_interfuse_report"  # on the model that optimize() was given: what was measured, by site
 

@@ -3,6 +3,7 @@
 from interfuse.nn.attention import AttentionPool, CrossAttention, MultiheadAttention
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
 from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
+from interfuse.nn.losses import LinearCrossEntropyLoss
 from interfuse.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from interfuse.nn.rnn_embedding import EmbeddingGRU, EmbeddingLSTM, EmbeddingRNN
 
@@ -23,6 +24,7 @@ __all__ = [
     "FusionLinear",
     "GRUCell",
     "LSTMCell",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RNNCell",
 ]

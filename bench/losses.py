@@ -1,0 +1,202 @@
+"""Cross-entropy of a linear layer against its peers: the row that carries the bars and further rows.
+
+`interfuse bench losses` prints the peer table; `pytest bench/losses.py --benchmark-enable` runs each case
+under pytest-benchmark, interfuse and eager side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from interfuse.bench import peers
+from interfuse.bench.report import Bar
+from interfuse.bench.roofline import Cost
+from interfuse.bench.workers import between
+from interfuse.cases import losses as cases
+from torch import Tensor, nn
+
+from interfuse.nn.losses import LinearCrossEntropyLoss
+
+if TYPE_CHECKING:
+    from interfuse.cases.losses import Case
+
+# Of bench/peers.py, those that can run this op.
+PROVIDERS = ("interfuse", "eager", "torch_fused", "compile")
+
+
+def names(further: bool, quick: bool) -> list[str]:
+    wanted = ("bar", "further") if further else ("bar",)
+    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+
+
+def isa() -> str:
+    from interfuse import _native
+
+    return str(_native.info()["isa"])
+
+
+def workload(name: str) -> LossWorkload:
+    """By name; 'NAME@tiny' is the same case with eight rows and a hundred classes."""
+    plain, _, variant = name.partition("@")
+    for case in cases.CASES:
+        if case.name == plain:
+            made = LossWorkload(case)
+            return made.tiny() if variant == "tiny" else made
+    raise ValueError(f"There is no case '{plain}' in the list of losses' cases.")
+
+
+class Head(nn.Module):
+    """What people write: a linear layer, and the cross-entropy of its logits."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.linear = nn.Linear(case.features, case.classes, case.bias)
+        self.loss = nn.CrossEntropyLoss(reduction=case.reduction, label_smoothing=case.label_smoothing)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.linear(x), target)
+
+
+class Fused(Head):
+    """torch's own fused form, in chunks."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(
+            x, self.linear.weight, target, linear_bias=self.linear.bias, reduction=self.loss.reduction,
+            label_smoothing=self.loss.label_smoothing, options=nn.LinearCrossEntropyOptions(),
+        )  # fmt: skip
+
+
+class LossWorkload:
+    """One case as plain torch, as torch's fused form, and as interfuse's module."""
+
+    channels_last = None
+    mask = None
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.name = case.name
+        self.dtype = case.dtype
+        self.gradients = ("input", "weight", *(("bias",) if case.bias else ()))
+
+    def why_not(self, provider: str) -> str | None:
+        if provider == "torch_fused" and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has."
+        if provider == "torch_fused" and self.case.label_smoothing > 0:
+            return "torch's linear_cross_entropy in chunks takes no label smoothing."
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kernel": "native",
+            "kernel_why": "linear_cross_entropy has one kernel.",
+            "bar": self.case.bench == "bar",
+            "input": [self.case.rows, self.case.features],
+            "weight": [self.case.classes, self.case.features],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def tiny(self) -> LossWorkload:
+        return LossWorkload(dataclasses.replace(self.case, rows=8, classes=100, ignored=0))
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Head(self.case).to(self.dtype)
+
+    def inputs(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(self.case.rows, self.case.features, generator=generator).to(self.dtype)
+        target = torch.randint(0, self.case.classes, (self.case.rows,), generator=generator)
+        target[: self.case.ignored] = -100
+        return [x, target]
+
+    def ours(self, module: Any) -> nn.Module:
+        return LinearCrossEntropyLoss.from_torch(module.linear, module.loss)
+
+    def torch_fused(self, module: Any) -> nn.Module:
+        fused = Fused(self.case)
+        fused.linear = module.linear
+        return fused
+
+    def cost(self, training: bool) -> Cost:
+        """Forward: the product, and every tensor once. Training: three products of that size, and the
+        gradients' bytes beside a second reading of input and weight. Logits need not be in memory."""
+        rows, features, classes = self.case.rows, self.case.features, self.case.classes
+        elements = rows * features + classes * (features + self.case.bias)
+        passes = 3 if training else 1
+        return Cost(passes * 2 * rows * features * classes, passes * elements * self.dtype.itemsize)
+
+    def onnx(self, module: nn.Module) -> bytes:
+        raise NotImplementedError("A loss is for training, which the ONNX peers do not do.")
+
+    def overhead(self, seconds: float, threads: int) -> dict[str, float]:
+        """One call of the op against the same call of the binding, with everything prepared."""
+        from interfuse import _native
+        from interfuse.ops.losses import linear_cross_entropy
+
+        case, head = self.case, self.module()
+        linear: Any = head.linear
+        x, target = self.inputs()
+        desc = _native.CrossEntropyDesc(
+            "float32", case.rows, case.classes, case.features, case.features, "mean", -100, 0.0
+        )
+        loss = torch.empty(1)
+        tensors = [x.data_ptr(), linear.weight.data_ptr(), linear.bias.data_ptr(), 0, target.data_ptr()]
+
+        def op() -> Tensor:
+            return linear_cross_entropy(x, linear.weight, target, linear_bias=linear.bias)
+
+        def binding() -> None:
+            _native.cross_entropy_forward(desc, tensors, loss.data_ptr(), 0, [0, 0, 0], threads)
+
+        with torch.no_grad():
+            return between(op, binding, seconds)
+
+
+OVERHEAD_CASE = "vocabulary-20k@tiny"
+
+# Of the issue that founded the op; the row is named as in the list of cases.
+MEMORY_SHARE, TRAINING_ROW, TIMES_TORCHS_ERROR = 0.25, 1.0, 2.0
+
+
+def bars(report: dict[str, Any]) -> list[Bar]:
+    """The promises for the rows in the report; those that the run left out count as not measured."""
+    result = []
+    for row in report["rows"]:
+        if not row["bar"]:
+            continue
+        name, memory = row["case"], row.get("memory", {})
+        ours, eager = (memory.get(p, {}).get("first") for p in ("interfuse", "eager"))
+        share = ours / eager if ours is not None and eager else None
+        result.append(Bar(f"peak memory over eager's, {name}", MEMORY_SHARE, share, at_least=False))
+        ratio = row.get("training", {}).get("ratio")
+        result.append(Bar(f"training, {name} over its best peer", TRAINING_ROW, ratio, at_least=True))
+        for what in ("output", *(f"grad_{name}" for name in ("input", "weight", "bias"))):
+            ours, eager = (row["errors"].get(p, {}).get(what) for p in ("interfuse", "eager"))
+            share = ours / eager if ours is not None and eager else None
+            result.append(
+                Bar(f"error of {what} over eager's, {name}", TIMES_TORCHS_ERROR, share, at_least=False)
+            )
+    return result
+
+
+# --- pytest-benchmark --------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
+    metafunc.parametrize("provider", ["interfuse", "torch_fused", "eager"])
+    metafunc.parametrize("name", names(further=True, quick=False))
+
+
+def test_inference(benchmark: Any, name: str, provider: str) -> None:
+    built = peers.built_here(workload(name), provider)
+    with torch.no_grad():
+        benchmark(built.infer)
+
+
+def test_training(benchmark: Any, name: str, provider: str) -> None:
+    benchmark(peers.built_here(workload(name), provider).train)

@@ -1,0 +1,40 @@
+// The checked losses, as the kernels see them.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/isa.h"
+#include "interfuse.h"
+
+namespace interfuse {
+
+struct CrossEntropy {
+  interfuse_cross_entropy_spec spec;
+  interfuse_cross_entropy_tensors in;
+  float weights;      // the sum of the classes' weights, or their number
+  float denominator;  // of a mean: the sum of the labels' weights; else 1
+  float* loss;        // null: the losses are known, only gradients are wanted
+  float* lse_out;     // or null
+  const float* lse;   // where the losses are known: what lse_out received
+  const float* grad_loss;  // one, or with reduction none one for each row; null: one
+  interfuse_cross_entropy_gradients grads;
+  int threads;
+
+  __attribute__((always_inline)) bool wants_gradients() const { return grads.input || grads.weight || grads.bias; }
+  __attribute__((always_inline)) float class_weight(int64_t target) const {
+    return in.class_weight ? in.class_weight[target] : 1.f;
+  }
+};
+
+struct LossKernels {
+  void (*cross_entropy)(const CrossEntropy&);
+};
+
+#define INTERFUSE_DECLARE(isa) \
+  namespace isa {              \
+  extern const LossKernels loss_kernels; \
+  }
+INTERFUSE_FOR_EACH_ISA(INTERFUSE_DECLARE)
+#undef INTERFUSE_DECLARE
+
+}  // namespace interfuse

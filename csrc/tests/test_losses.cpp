@@ -1,0 +1,182 @@
+// Cross-entropy of a linear layer through the C API against plain double loops: every buffer between guard pages, flush
+// with either end or misaligned, both dtypes, one and two threads, gradients with the loss and after it.
+#include <cmath>
+#include <vector>
+
+#include "interfuse.h"
+#include "tests/values.h"
+
+using namespace interfuse_test;
+
+namespace {
+
+struct Problem {
+  int64_t rows, classes, features;
+  bool bias, weighted;
+  float smoothing;
+  int reduction;
+};
+
+// clang-format off
+const Problem kProblems[] = {
+    {1, 1, 1, true, false, 0, INTERFUSE_REDUCE_SUM},
+    {1, 7, 17, true, true, 0.25f, INTERFUSE_REDUCE_MEAN},
+    {5, 131, 16, false, false, 0, INTERFUSE_REDUCE_MEAN},
+    {17, 133, 33, true, false, 0.1f, INTERFUSE_REDUCE_NONE},
+    {66, 265, 65, true, true, 0, INTERFUSE_REDUCE_SUM},
+    {130, 20, 131, true, false, 0, INTERFUSE_REDUCE_MEAN},
+    {530, 10, 5, true, true, 0.5f, INTERFUSE_REDUCE_NONE},
+    {0, 4, 3, true, false, 0, INTERFUSE_REDUCE_SUM},
+};
+// clang-format on
+
+struct Truth {
+  Doubles loss, lse, by_input, by_weight, by_bias;
+};
+
+Truth truth_of(const Problem& p, const Doubles& x, const Doubles& w, const Doubles& b, const Doubles& class_weight,
+               const std::vector<int64_t>& target, const Doubles& grad_loss) {
+  Truth t;
+  t.by_input.resize(x.size()), t.by_weight.resize(w.size()), t.by_bias.resize(b.size());
+  double all = 0, labels = 0, total = 0;
+  for (double v : class_weight) all += v;
+  for (int64_t label : target) labels += label < 0 ? 0 : class_weight[label];
+  const double divisor = p.reduction == INTERFUSE_REDUCE_MEAN ? labels : 1;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    Doubles z(static_cast<size_t>(p.classes));
+    double most = -1e300, sum = 0, spread = 0;
+    for (int64_t j = 0; j < p.classes; ++j) {
+      if (p.bias) z[j] = b[j];
+      for (int64_t k = 0; k < p.features; ++k) z[j] += x[r * p.features + k] * w[j * p.features + k];
+      most = std::max(most, z[j]);
+      spread += class_weight[j] * z[j];
+    }
+    for (double v : z) sum += std::exp(v - most);
+    const double lse = most + std::log(sum);
+    t.lse.push_back(lse);
+    const bool counts = target[r] >= 0;
+    const double of_label = counts ? (1.0 - p.smoothing) * class_weight[target[r]] : 0;
+    const double of_class = counts ? p.smoothing / static_cast<double>(p.classes) : 0;
+    const double loss = counts ? of_label * (lse - z[target[r]]) + of_class * (all * lse - spread) : 0;
+    t.loss.push_back(loss);
+    total += loss;
+    const double scale = grad_loss[p.reduction == INTERFUSE_REDUCE_NONE ? r : 0] / divisor;
+    for (int64_t j = 0; j < p.classes && counts; ++j) {
+      double grad = std::exp(z[j] - lse) * (of_label + of_class * all) - of_class * class_weight[j];
+      if (j == target[r]) grad -= of_label;
+      grad *= scale;
+      t.by_bias[j] += grad;
+      for (int64_t k = 0; k < p.features; ++k) {
+        t.by_input[r * p.features + k] += grad * w[j * p.features + k];
+        t.by_weight[j * p.features + k] += grad * x[r * p.features + k];
+      }
+    }
+  }
+  if (p.reduction != INTERFUSE_REDUCE_NONE) t.loss = {total / divisor};
+  return t;
+}
+
+struct Run {
+  int threads;
+  Flush flush;
+  int64_t offset;
+};
+
+template <class T>
+void run(const Problem& p, int dtype, const Run& how) {
+  std::ostringstream text;
+  text << p.rows << " rows, " << p.classes << " classes, " << p.features << " features, reduction " << p.reduction
+       << ", dtype " << dtype << ", threads " << how.threads << ", offset " << how.offset
+       << (how.flush == Flush::front ? " from the front" : " from the back");
+  const Context context(text.str());
+  Guarded<T> x(p.rows * p.features, how.flush, how.offset), w(p.classes * p.features, how.flush, how.offset),
+      b(p.classes, how.flush, how.offset);
+  Guarded<float> class_weight(p.classes, how.flush, how.offset);
+  Guarded<int64_t> target(p.rows, how.flush, how.offset);
+  const float size = 1 / std::sqrt(static_cast<float>(p.features));
+  const Doubles xs = fill(x, Values::reals, 1), ws = fill(w, Values::reals, 2, 2 * size), bs = fill(b, Values::reals, 3);
+  Doubles weights;
+  for (int64_t j = 0; j < p.classes; ++j) {
+    class_weight[j] = 0.5f + 0.25f * static_cast<float>(j % 3);
+    weights.push_back(p.weighted ? class_weight[j] : 1);
+  }
+  std::vector<int64_t> labels;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    target[r] = r == 2 ? -7 : (r * 7919) % p.classes;
+    labels.push_back(target[r]);
+  }
+
+  interfuse_cross_entropy_spec spec{};
+  spec.dtype = dtype, spec.reduction = p.reduction, spec.rows = p.rows, spec.classes = p.classes, spec.features = p.features;
+  spec.input_row_stride = p.features, spec.ignore_index = -7, spec.label_smoothing = p.smoothing;
+  const interfuse_cross_entropy_tensors tensors{x.data(), w.data(), p.bias ? b.data() : nullptr,
+                                                p.weighted ? class_weight.data() : nullptr, target.data()};
+  const bool number = p.reduction != INTERFUSE_REDUCE_NONE;
+  const int64_t losses = number ? 1 : p.rows;
+  Guarded<float> loss(losses, how.flush, how.offset), lse(p.rows, how.flush, how.offset), grad_loss(losses, how.flush, how.offset);
+  Doubles ones(static_cast<size_t>(losses), 1.0);
+  Doubles factors;
+  for (int64_t i = 0; i < losses; ++i) {
+    grad_loss[i] = 1 - 0.25f * static_cast<float>(i % 5);
+    factors.push_back(grad_loss[i]);
+  }
+  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5;
+  const auto check = [&](bool with_loss) {
+    Guarded<T> by_x(x.size(), how.flush, how.offset), by_w(w.size(), how.flush, how.offset), by_b(b.size(), how.flush, how.offset);
+    const interfuse_cross_entropy_gradients grads{by_x.data(), by_w.data(), by_b.data()};
+    CHECK_EQUAL(interfuse_cross_entropy_forward(&spec, &tensors, loss.data(), lse.data(), with_loss ? &grads : nullptr, how.threads),
+                INTERFUSE_OK);
+    if (!with_loss)
+      CHECK_EQUAL(interfuse_cross_entropy_backward(&spec, &tensors, lse.data(), grad_loss.data(), &grads, how.threads), INTERFUSE_OK);
+    const Truth truth = truth_of(p, xs, ws, bs, weights, labels, with_loss ? ones : factors);
+    // One class: the loss and all gradients are zero but for rounding.
+    const double least = p.classes == 1 ? 1 : 0;
+    compare("loss", read(loss), truth.loss, 1e-5, least);
+    compare("lse", read(lse), truth.lse, 1e-5);
+    compare("grad_input", read(by_x), truth.by_input, tolerance, least);
+    compare("grad_weight", read(by_w), truth.by_weight, tolerance, least);
+    compare("grad_bias", read(by_b), truth.by_bias, tolerance, least);
+    CHECK(by_x.intact());
+    CHECK(by_w.intact());
+    CHECK(by_b.intact());
+  };
+  check(false);
+  if (number) check(true);
+  CHECK(loss.intact());
+  CHECK(lse.intact());
+}
+
+const Run kRuns[] = {{1, Flush::back, 0}, {2, Flush::front, 0}, {2, Flush::back, 1}, {1, Flush::front, 3}};
+
+}  // namespace
+
+TEST(cross_entropy_float32) {
+  for (const Problem& p : kProblems)
+    for (const Run& how : kRuns) run<float>(p, INTERFUSE_FLOAT32, how);
+}
+TEST(cross_entropy_bfloat16) {
+  for (const Problem& p : kProblems)
+    for (const Run& how : kRuns) run<uint16_t>(p, INTERFUSE_BFLOAT16, how);
+}
+
+TEST(cross_entropy_refuses_with_a_sentence) {
+  const float x[2] = {1, 2}, w[4] = {1, 2, 3, 4};
+  int64_t target[1] = {5};
+  float loss = 0, lse = 0;
+  interfuse_cross_entropy_spec spec{};
+  spec.reduction = INTERFUSE_REDUCE_MEAN, spec.rows = 1, spec.classes = 2, spec.features = 2, spec.input_row_stride = 2;
+  spec.ignore_index = -100;
+  interfuse_cross_entropy_tensors tensors{x, w, nullptr, nullptr, target};
+  const auto forward = [&] { return interfuse_cross_entropy_forward(&spec, &tensors, &loss, &lse, nullptr, 1); };
+  CHECK_EQUAL(forward(), INTERFUSE_INVALID);
+  CHECK(std::string(interfuse_last_error()).find("the target of row 0 is 5; allowed are 0 to 1") != std::string::npos);
+  target[0] = 1;
+  CHECK_EQUAL(forward(), INTERFUSE_OK);
+  spec.label_smoothing = 2;
+  CHECK_EQUAL(forward(), INTERFUSE_INVALID);
+  spec.label_smoothing = 0, tensors.weight = nullptr;
+  CHECK_EQUAL(forward(), INTERFUSE_INVALID);
+  tensors.weight = w, spec.reduction = INTERFUSE_REDUCE_NONE;
+  interfuse_cross_entropy_gradients grads{};
+  CHECK_EQUAL(interfuse_cross_entropy_forward(&spec, &tensors, &loss, &lse, &grads, 1), INTERFUSE_INVALID);
+}

@@ -1,0 +1,94 @@
+"""LinearCrossEntropyLoss: the last linear layer and the cross-entropy behind it, without logits between."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from interfuse.ops._losses_checks import fail
+from interfuse.ops.losses import linear_cross_entropy
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """torch.nn.LinearCrossEntropyLoss for labels that are class indices, of any leading shape.
+
+    Its state_dict is torch's: linear.weight, linear.bias where there is one, weight if classes have weights.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    @classmethod
+    def from_torch(cls, linear: nn.Module, loss: nn.CrossEntropyLoss | None = None) -> Self:
+        """Of a torch.nn.Linear and the CrossEntropyLoss behind it, or of a torch.nn.LinearCrossEntropyLoss.
+
+        The Parameters are shared.
+        """
+        if (
+            loss is None
+            and hasattr(nn, "LinearCrossEntropyLoss")
+            and type(linear) is nn.LinearCrossEntropyLoss
+        ):
+            if linear.out_features != ():
+                raise fail(f"out_features must be (); got a module with {linear.out_features}.")
+            return cls._made(linear.linear, linear)
+        if type(linear) is not nn.Linear or not (loss is None or type(loss) is nn.CrossEntropyLoss):
+            given = ", ".join(type(m).__name__ for m in (linear, loss) if m is not None)
+            raise fail(
+                "from_torch takes a torch.nn.Linear and a torch.nn.CrossEntropyLoss, or a "
+                f"torch.nn.LinearCrossEntropyLoss, and no subclass of them; got {given}."
+            )
+        return cls._made(linear, loss or nn.CrossEntropyLoss())
+
+    @classmethod
+    def _made(cls, linear: nn.Linear, loss: nn.Module) -> Self:
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.linear = linear
+        made.register_buffer("weight", loss.weight)  # type: ignore[arg-type]
+        made.reduction = loss.reduction  # type: ignore[assignment]
+        made.ignore_index = -100 if loss.ignore_index is None else loss.ignore_index  # type: ignore[assignment]
+        made.label_smoothing = loss.label_smoothing  # type: ignore[assignment]
+        return made.train(linear.training)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )

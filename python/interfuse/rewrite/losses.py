@@ -1,0 +1,126 @@
+"""How optimize() recognises losses: torch's own nn.LinearCrossEntropyLoss, whole.
+
+An nn.Linear whose logits go to an nn.CrossEntropyLoss is not recognised: the two are rarely called by one
+module, and nothing proves that nobody else reads the logits (interfuse.nn.LinearCrossEntropyLoss.from_torch
+joins them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from interfuse.autocast import autocast_dtype
+from interfuse.dispatch import choose, refusals
+from interfuse.ops._losses_problem import DTYPES, CrossEntropyParams, CrossEntropyProblem
+from interfuse.ops.losses import IMPLEMENTATIONS, linear_cross_entropy
+from interfuse.rewrite.known import PLAIN_TENSORS
+from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MODULE = getattr(nn, "LinearCrossEntropyLoss", None)  # torch has it since 2.13
+FORWARD = None if MODULE is None else MODULE.forward
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Losses:
+    """losses' part in optimize()."""
+
+    op = "losses"
+    whole = True
+
+    def stands(self) -> None:
+        pass
+
+    def anchors(self, module: nn.Module) -> bool:
+        return MODULE is not None and isinstance(module, MODULE)
+
+    def refuse(self, module: nn.Module) -> str | None:
+        name: Any = type(module).__name__
+        loss: Any = module
+        if type(module) is not MODULE:
+            return (
+                f"its type {name} is not exactly nn.LinearCrossEntropyLoss, so it may compute something else"
+            )
+        if type(module).forward is not FORWARD:
+            return f"{name} is of a class whose forward was replaced"
+        if loss.out_features != ():
+            return f"its out_features are {loss.out_features}; the op takes one label for each row"
+        if type(loss.linear) is not nn.Linear:
+            return f"its linear layer is a {type(loss.linear).__name__} and not exactly nn.Linear"
+        if nn.utils.parametrize.is_parametrized(loss.linear):
+            return "its weights are parametrised, so that they are computed anew at every call"
+        if loss.linear.weight.dtype not in DTYPES[:3]:
+            return (
+                f"its weights are {loss.linear.weight.dtype}; the kernels take float32, bfloat16 and float16"
+            )
+        return None
+
+    def match(self, links: Sequence[StaticLink], end: str) -> Match | str:
+        return Match(1, links[0].text, enabled=True, reason=end)
+
+    def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
+        forward, arguments, keywords = links[0]
+        module: Any = forward.owner
+        if type(module) is not MODULE or self.refuse(module) is not None:
+            return None
+        if len(arguments) + len(keywords) != 1 or keywords.keys() - {"target"}:
+            return None
+        target = arguments[0] if arguments else keywords["target"]
+        tensors = (value, module.linear.weight, target, module.linear.bias, module.weight)
+        if not _fits(*tensors):
+            return None
+        settings = {
+            "reduction": module.reduction,
+            "ignore_index": -100 if module.ignore_index is None else module.ignore_index,
+            "label_smoothing": module.label_smoothing,
+        }
+        return Call(tensors, settings)
+
+    def run(self, call: Call) -> Any:
+        x, linear_weight, target, linear_bias, weight = call.tensors
+        return linear_cross_entropy(
+            call.wrap(x), linear_weight, target, linear_bias=linear_bias, weight=weight, **call.settings
+        )
+
+    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
+        return links, call
+
+    def describe(self, call: Call) -> CrossEntropyProblem:
+        x, linear_weight, _, linear_bias, _ = call.tensors
+        return CrossEntropyProblem(
+            params=CrossEntropyParams(**call.settings),
+            rows=x.numel() // x.shape[-1],
+            classes=linear_weight.shape[0],
+            features=x.shape[-1],
+            dtype=autocast_dtype(x.device) or x.dtype,
+            device=x.device,
+            has_bias=linear_bias is not None,
+        )
+
+    def kernel(self, seen: CrossEntropyProblem) -> tuple[str | None, tuple[str, ...]]:
+        chosen = choose(IMPLEMENTATIONS, seen)
+        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
+        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
+        return None if chosen.name == "reference" else chosen.name, why_not
+
+
+def _fits(x: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any) -> bool:
+    """Whether the op computes this. What it does not, the module itself computes, or says what is wrong."""
+    tensors: list[Tensor] = [t for t in (x, linear_weight, target, linear_bias, weight) if t is not None]
+    if len(tensors) < 3 or any(type(t) not in PLAIN_TENSORS for t in tensors):
+        return False
+    if any(t.device != x.device or t.layout is not torch.strided for t in tensors):
+        return False
+    if x.dim() not in (1, 2) or x.shape[-1] != linear_weight.shape[1] or target.shape != x.shape[:-1]:
+        return False
+    if target.dtype not in INTEGERS or (weight is not None and weight.requires_grad):
+        return False
+    floats = (x, linear_weight) if linear_bias is None else (x, linear_weight, linear_bias)
+    if autocast_dtype(x.device) is not None:
+        return all(t.dtype in DTYPES[:3] for t in floats)
+    return x.dtype in DTYPES[:3] and all(t.dtype is x.dtype for t in floats)

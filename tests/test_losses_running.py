@@ -1,0 +1,104 @@
+"""How linear_cross_entropy runs: repeatably, on any number of threads, after fork, on each ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import losses_oracle as oracle
+import pytest
+import tolerance
+import torch
+from cases.losses import Case
+from torch import Tensor
+
+from interfuse import _native
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+# Several blocks of classes for each thread, several chunks of rows, too few classes for three threads.
+CASES = (
+    Case("wide", 40, 70, 3000, label_smoothing=0.1),
+    Case("high", 1100, 30, 200),
+    Case("each", 300, 40, 500, reduction="none"),
+    Case("few", 700, 90, 7, weighted=True),
+)
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def everything(case: Case, seed: int = 0) -> list[Tensor]:
+    drawn = oracle.tensors(case, seed=seed).training()
+    return oracle.with_gradients(oracle.run(case, drawn), drawn)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@by_case
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_bitwise_the_same_again(case: Case, threads: int) -> None:
+    torch.set_num_threads(threads)
+    first = everything(case)
+    assert all(same(everything(case), first) for _ in range(3))
+    truth = oracle.truth(case, oracle.tensors(case))
+    for ours, right in zip(first, truth, strict=True):
+        assert tolerance.error(ours, right) <= tolerance.FLOAT32_GRADIENT
+
+
+def test_several_python_threads_at_once() -> None:
+    jobs = [(case, seed) for seed in range(3) for case in CASES]
+    alone = [everything(*job) for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda job: everything(*job), jobs))
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+FORKED = """
+import os, sys
+import numpy, torch, interfuse
+torch.set_num_threads(2)
+x, weight = torch.randn(64, 60, requires_grad=True), torch.randn(3000, 60)
+target = torch.arange(64)
+op = torch.ops.interfuse.linear_cross_entropy.default
+def work():  # the op itself: torch's own large operations hang in a forked child
+    with torch.no_grad():
+        loss, lse, grad, *_ = op(x, weight, target, None, None, "mean", -100, 0.0, "", [True, False, False])
+    return loss.numpy(), grad.numpy()
+before = work() if sys.argv[1] == "after" else None
+child = os.fork()
+if child == 0:
+    loss, grad = work()
+    right = before is None or (numpy.allclose(loss, before[0]) and numpy.allclose(grad, before[1], atol=1e-6))
+    os._exit(0 if right else 3)
+status = os.waitpid(child, 0)[1]
+work()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forked_child_computes(when: str) -> None:
+    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
+    assert child.returncode == 0
+
+
+@pytest.mark.parametrize("isa", _native.info()["isas"])
+def test_every_instruction_set(isa: str) -> None:
+    """The tests of values, in a process whose kernels were forced to a lower instruction set."""
+    isas = _native.info()["isas"]
+    if os.environ.get("INTERFUSE_ISA"):
+        pytest.skip("this run is itself forced to an instruction set")
+    if isas.index(isa) > isas.index(_native.info()["isa"]):
+        pytest.skip(f"this processor has no {isa}")
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests / "test_losses.py"]
+    environment = {**os.environ, "INTERFUSE_ISA": isa}
+    run = subprocess.run(
+        command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
