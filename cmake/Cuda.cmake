@@ -1,7 +1,7 @@
 # CUDA kernels, in a library of their own: it is compiled wherever nvcc is, whether or not a GPU is visible, and
 # its runtime is linked statically, so that it loads (and says that there is no device) without a driver.
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 set(INTERFUSE_CUDA_BUILT OFF)
 if(NOT INTERFUSE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "INTERFUSE_CUDA is '${INTERFUSE_CUDA}'; it must be AUTO, ON or OFF.")

@@ -7,7 +7,9 @@ if(NOT test_sources OR NOT core_objects)
   return()
 endif()
 
-add_executable(interfuse_tests ${test_sources} ${core_object_files})
+# What of csrc/cuda needs no CUDA runs here, with the kernels' headers, under csrc/tests/emulate.h.
+file(GLOB portable_cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp)
+add_executable(interfuse_tests ${test_sources} ${portable_cuda_sources} ${core_object_files})
 target_link_libraries(interfuse_tests PRIVATE interfuse_flags ${core_link_libraries})
 target_compile_options(interfuse_tests PRIVATE ${isa_flags_baseline})
 target_compile_definitions(interfuse_tests PRIVATE ${isa_definitions})

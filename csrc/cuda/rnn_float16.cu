@@ -1,0 +1,8 @@
+// The recurrent kernels in float16.
+#include "cuda/rnn_launch.h"
+
+namespace interfuse {
+namespace cuda {
+INTERFUSE_DEFINE(float16, Float16)
+}  // namespace cuda
+}  // namespace interfuse
