@@ -28,3 +28,8 @@ foreach(source IN LISTS test_sources)
     add_test(NAME ${stem} COMMAND interfuse_tests ${stem})
   endif()
 endforeach()
+
+# rnn's CUDA entries with its kernels executed on the CPU: the Python tests load it in the CUDA library's place.
+add_library(interfuse_cuda_emulated SHARED ${portable_cuda_sources} csrc/tests/emulated_rnn.cpp csrc/common/error.cpp)
+target_link_libraries(interfuse_cuda_emulated PRIVATE interfuse_flags)
+target_compile_definitions(interfuse_cuda_emulated PRIVATE INTERFUSE_VERSION="${PROJECT_VERSION}" INTERFUSE_EMULATED_LIBRARY)

@@ -6,7 +6,7 @@ Nothing here waits for the device: lengths and ids are read by kernels alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from interfuse.kernels import rnn_launches as plan
@@ -15,7 +15,7 @@ from interfuse.kernels.launch import device_why_not, on_device_of
 from interfuse.ops._rnn_problem import empty_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 MOST_WEIGHTS = 2**31 - 2**24
 
 reserve_row = plan.reserve_row
+
+
+class Walks(NamedTuple):
+    """What walks through time, one layer at a call; arguments as those of the launches in rnn_launches.py."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+def _walk(*args: Any) -> None:
+    plan.forward_launch(*args).run()
+
+
+def _walk_back(*args: Any) -> None:
+    plan.backward_launch(*args).run()
+
+
+TRITON = Walks(_walk, _walk_back)
 
 
 def why_not(problem: RnnProblem) -> str | None:
@@ -50,6 +68,7 @@ def run(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    walks: Walks = TRITON,
 ) -> Four:
     """(y, hn, cn, reserve) as the registered op returns them."""
     p = problem
@@ -69,7 +88,7 @@ def run(
             own = slice(number * p.directions, (number + 1) * p.directions)
             states = (h0[own] if h0 is not None else None, c0[own] if c0 is not None else None)
             final = (hn[own], cn[own] if p.cell == "lstm" else None)
-            plan.forward_launch(p, runs, layer, pre, lengths, *states, *final).run()
+            walks.forward(p, runs, layer, pre, lengths, *states, *final)
             inputs = plan.inner_inputs(p, layer.y, number + 1)
     return y, hn, cn, reserve
 
@@ -95,6 +114,7 @@ def run_backward(
     y: Tensor,
     reserve: Tensor,
     mask: Sequence[bool],
+    walks: Walks = TRITON,
 ) -> list[Tensor | None]:
     """Gradients of x (or of the table's rows that x chose), h0, c0 and the weights; None where not wanted."""
     p = problem
@@ -113,9 +133,7 @@ def run_backward(
             cn_ = cn_ if p.cell == "lstm" else None
             grads, grad_out = empty_token_gradients(p)
             runs = plan.run_weights(p, weights, number)
-            plan.backward_launch(
-                p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out
-            ).run()
+            walks.backward(p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out)
             flat = slice(3 + own.start * p.weights_per_run, 3 + own.stop * p.weights_per_run)
             if any(mask[flat]):
                 if number == 0:

@@ -183,12 +183,19 @@ def run_weights(problem: RnnProblem, weights: Sequence[Tensor], layer: int) -> l
     return runs
 
 
-def _side_by_side(tensors: Sequence[Tensor | None]) -> Tensor | None:
+def side_by_side(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Both directions' in one piece; of one direction, what there is."""
     given = [t for t in tensors if t is not None]
     if len(given) < 2:
         return given[0] if given else None
     return torch.stack(given)
+
+
+def new_gate_bias(problem: RnnProblem, runs: Sequence[RunWeights]) -> Tensor | None:
+    """A GRU's recurrent bias of its new gate, which is multiplied by another gate first."""
+    if problem.cell != "gru":
+        return None
+    return side_by_side([None if run.b_hh is None else run.b_hh[2 * problem.hidden_size :] for run in runs])
 
 
 def _row(size: int) -> int:
@@ -200,7 +207,7 @@ def _recurrent_weights(runs: Sequence[RunWeights], aligned: bool) -> dict[str, A
     """Aligned: rows end in zeros."""
     found: dict[str, Argument] = {}
     for name in ("w_hh", "w_hr"):
-        weights = _side_by_side([getattr(run, name) for run in runs])
+        weights = side_by_side([getattr(run, name) for run in runs])
         if weights is not None and aligned and weights.shape[-1] % 16 > 0:
             weights = F.pad(weights, (0, -weights.shape[-1] % 16))
         found[name] = weights
@@ -332,13 +339,10 @@ def forward_launch(
     """One layer's recurrence; the states are this layer's."""
     p, chosen = problem, recurrence(problem)
     tile = chosen.forward
-    b_hn = None
-    if p.cell == "gru" and p.bias:
-        b_hn = _side_by_side([run.b_hh[2 * p.hidden_size :] for run in runs if run.b_hh is not None])
     args: dict[str, Argument] = {
         "pre": pre,
         **_recurrent_weights(runs, aligned=not chosen.resident),
-        "b_hn": b_hn,
+        "b_hn": new_gate_bias(p, runs),
         "h0": h0,
         "c0": c0,
         "lengths": lengths,

@@ -1,12 +1,14 @@
-"""rnn's Triton kernels against torch.nn in float64, one sequence at a time.
+"""rnn's Triton kernels against torch.nn in float64, one sequence at a time, and the CUDA kernel in their midst.
 
-Compiled on a GPU, interpreted everywhere (triton_runs.py). Sizes are tiny because the interpreter takes
+Compiled on a GPU; everywhere else interpreted (triton_runs.py) and, the CUDA kernel, emulated by the library
+that csrc/tests/emulated_rnn.cpp becomes. Sizes are tiny because the interpreter takes
 milliseconds an operation.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -49,6 +51,9 @@ class Case(NamedTuple):
     resident: bool = False
 
 
+# The CUDA kernel executed on the CPU, beside the C++ tests.
+EMULATED = Path(__file__).resolve().parent.parent / "build" / "native" / "libinterfuse_cuda_emulated.so"
+
 RAGGED = (4, 1, 0)
 CASES = {
     "lstm": Case(),
@@ -86,6 +91,17 @@ CASES = {
 @pytest.fixture
 def kernels() -> Any:
     return pytest.importorskip("interfuse.kernels.rnn", reason="triton is not installed.")
+
+
+@pytest.fixture
+def cuda_kernels(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from interfuse.ops import _rnn_cuda
+
+    if INTERPRETED:
+        monkeypatch.setattr(_rnn_cuda, "LIBRARY", EMULATED)
+    if not _rnn_cuda.LIBRARY.exists():
+        pytest.skip(f"this build has no {_rnn_cuda.LIBRARY.name}.")
+    return _rnn_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -229,8 +245,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, case: Case) -> tuple[RnnProblem, Gi
     return problem, given(problem, case)
 
 
-def bounds(case: Case) -> tuple[float, float]:
-    if case.dtype == SINGLE and case.resident and not INTERPRETED:
+def bounds(case: Case, interpreted: bool = INTERPRETED) -> tuple[float, float]:
+    if case.dtype == SINGLE and case.resident and not interpreted:
         return TF32, 3 * TF32
     return FORWARD[case.dtype], BACKWARD[case.dtype]
 
@@ -239,10 +255,26 @@ def bounds(case: Case) -> tuple[float, float]:
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_torch(kernels: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     case = CASES[name]
+    check_agreement(kernels, case, *prepare(monkeypatch, case), bounds(case))
+
+
+@on_device
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.proj])
+def test_the_cuda_kernel_agrees_with_torch(
+    cuda_kernels: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    case = CASES[name]
     problem, g = prepare(monkeypatch, case)
+    assert cuda_kernels.why_not(problem) is None
+    check_agreement(cuda_kernels, case, problem, g, bounds(case, interpreted=False))
+
+
+def check_agreement(
+    kernels: Any, case: Case, problem: RnnProblem, g: Given, tolerances: tuple[float, float]
+) -> None:
     (outputs, grads, reserve), (want, want_grads) = ours(kernels, problem, g), truth(problem, g)
     assert reserve.numel() == case.batch * case.steps * kernels.reserve_row(problem)
-    forward, backward = bounds(case)
+    forward, backward = tolerances
     for field, a, b in zip(("y", "hn", "cn"), outputs, want, strict=False):
         assert a.dtype == case.dtype
         assert error(a, b) <= forward, (field, a, b)
@@ -425,7 +457,7 @@ def test_tf32_follows_torchs_switch_and_precision(kernels: Any) -> None:
 @by_host
 @pytest.mark.slow
 def test_the_interpreter_agrees() -> None:
-    run_interpreted(__file__, at_least=len(CASES) + 12)
+    run_interpreted(__file__, at_least=2 * len(CASES) + 6)
 
 
 @by_host

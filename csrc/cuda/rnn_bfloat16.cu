@@ -3,6 +3,6 @@
 
 namespace interfuse {
 namespace cuda {
-INTERFUSE_DEFINE(bfloat16, BFloat16)
+INTERFUSE_DEFINE_LAUNCHES(bfloat16, BFloat16)
 }  // namespace cuda
 }  // namespace interfuse

@@ -3,6 +3,6 @@
 
 namespace interfuse {
 namespace cuda {
-INTERFUSE_DEFINE(float16, Float16)
+INTERFUSE_DEFINE_LAUNCHES(float16, Float16)
 }  // namespace cuda
 }  // namespace interfuse

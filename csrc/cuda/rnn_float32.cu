@@ -3,6 +3,6 @@
 
 namespace interfuse {
 namespace cuda {
-INTERFUSE_DEFINE(float32, float)
+INTERFUSE_DEFINE_LAUNCHES(float32, float)
 }  // namespace cuda
 }  // namespace interfuse

@@ -4,32 +4,12 @@
 #pragma once
 
 #include "cuda/rnn_exchange.h"
+#include "cuda/rnn_launches.h"
 #include "cuda/rnn_product.h"
 #include "interfuse.h"
 
 namespace interfuse {
 namespace cuda {
-
-// `pre` (tokens, directions, gates, hidden) is the input's part of the gates in float32; h0, c0, hn, cn
-// (directions, batch, hidden); `gates` (tokens, directions, 4, hidden) and `state` (tokens, directions, hidden), an
-// LSTM's c in float32, are written for the backward pass or null. Where no step comes nothing is written to y.
-struct RnnForwardArrays {
-  const float* pre;
-  const void *b_hn, *h0, *c0;
-  const int64_t* lengths;
-  void *y, *hn, *cn, *gates;
-  float* state;
-};
-
-// `grads` (tokens, directions, slots, hidden): before the gates, an LSTM's i f g o, a GRU's n r z n' (n' at the
-// recurrent side), an RNN's one. Where no step comes nothing is written.
-struct RnnBackwardArrays {
-  const void *grad_y, *grad_hn, *grad_cn, *h0, *c0;
-  const int64_t* lengths;
-  const void *y, *gates;
-  const float* state;
-  void *grads, *grad_h0, *grad_c0;
-};
 
 template <class T>
 struct Cells {

@@ -10,13 +10,6 @@
 namespace interfuse {
 namespace cuda {
 
-struct RnnLaunch {
-  RnnWalk walk;
-  RnnTeam team;
-  char* workspace;
-  cudaStream_t stream;
-};
-
 inline void succeed(cudaError_t status, const char* what) {
   if (status != cudaSuccess) invalid("rnn: %s failed: %s.", what, cudaGetErrorString(status));
 }
@@ -24,7 +17,8 @@ inline void succeed(cudaError_t status, const char* what) {
 template <class Kind>
 void pack(const RnnLaunch& given, bool backward, const void* w_hh) {
   const int64_t threads = given.walk.directions * given.team.fragments() * 32, block = 32 * kWarps;
-  rnn_pack<Kind><<<static_cast<unsigned>((threads + block - 1) / block), static_cast<unsigned>(block), 0, given.stream>>>(
+  rnn_pack<Kind><<<static_cast<unsigned>((threads + block - 1) / block), static_cast<unsigned>(block), 0,
+             static_cast<cudaStream_t>(given.stream)>>>(
       given.walk, given.team, backward, w_hh, given.workspace);
   succeed(cudaGetLastError(), "packing the weights");
 }
@@ -37,7 +31,7 @@ void launch_kernel(void (*kernel)(RnnWalk, RnnTeam, Arrays, char*), const RnnLau
   config.attrs = attributes;
   config.blockDim = dim3(static_cast<unsigned>(32 * team.warps()));
   config.dynamicSmemBytes = static_cast<size_t>(team.shared_bytes());
-  config.stream = given.stream;
+  config.stream = static_cast<cudaStream_t>(given.stream);
   succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(team.shared_bytes())),
           "asking for shared memory");
   if (team.cluster > 1) {
@@ -69,7 +63,7 @@ void launch_kernel(void (*kernel)(RnnWalk, RnnTeam, Arrays, char*), const RnnLau
               team.clusters, team.cluster, running);
     team.teams = team.teams < room ? team.teams : room;
     succeed(cudaMemsetAsync(given.workspace + team.flags_at(given.walk.directions), 0,
-                             static_cast<size_t>(team.flags_bytes()), given.stream), "clearing flags");
+                             static_cast<size_t>(team.flags_bytes()), config.stream), "clearing flags");
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
@@ -95,24 +89,6 @@ void launch(const RnnLaunch& given, bool backward, const void* w_hh, const Array
   if (given.walk.gates == 3) return launch_of<Kind, 3>(given, arrays);
   launch_of<Kind, 1>(given, arrays);
 }
-
-#define INTERFUSE_DECLARE(arithmetic)                                                            \
-  void launch_##arithmetic(const RnnLaunch&, const void* w_hh, const RnnForwardArrays& arrays); \
-  void launch_##arithmetic(const RnnLaunch&, const void* w_hh, const RnnBackwardArrays& arrays);
-INTERFUSE_DECLARE(bfloat16)
-INTERFUSE_DECLARE(float16)
-INTERFUSE_DECLARE(tf32)
-INTERFUSE_DECLARE(float32)
-#undef INTERFUSE_DECLARE
-
-// What a file of one arithmetic consists of.
-#define INTERFUSE_DEFINE(arithmetic, type)                                                                      \
-  void launch_##arithmetic(const RnnLaunch& given, const void* w_hh, const RnnForwardArrays& arrays) {          \
-    launch<Fragments<type, Arithmetic::arithmetic>>(given, false, w_hh, arrays);                                \
-  }                                                                                                             \
-  void launch_##arithmetic(const RnnLaunch& given, const void* w_hh, const RnnBackwardArrays& arrays) {         \
-    launch<Fragments<type, Arithmetic::arithmetic>>(given, true, w_hh, arrays);                                 \
-  }
 
 }  // namespace cuda
 }  // namespace interfuse

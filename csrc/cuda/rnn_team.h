@@ -26,7 +26,7 @@ constexpr int kOperandTile = 256;      // bytes of 8 columns, as deep as one ins
 constexpr int kMostColumnTiles = 2;    // of 8 sequences, of a team
 
 // Of the weights, in a warp's registers; sums of more columns leave less room.
-INTERFUSE_BOTH constexpr int held_fragments(int column_tiles) { return column_tiles == 1 ? 32 : 20; }
+INTERFUSE_BOTH constexpr int held_fragments(int column_tiles) { return column_tiles == 1 ? 32 : 16; }
 
 struct RnnWalk {
   int cell, gates, directions;

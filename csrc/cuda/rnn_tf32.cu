@@ -3,6 +3,6 @@
 
 namespace interfuse {
 namespace cuda {
-INTERFUSE_DEFINE(tf32, float)
+INTERFUSE_DEFINE_LAUNCHES(tf32, float)
 }  // namespace cuda
 }  // namespace interfuse

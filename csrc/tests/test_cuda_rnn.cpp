@@ -1,12 +1,9 @@
 // The CUDA kernels of rnn, executed on the CPU and compared with the recurrence in double precision.
-#include "emulate.h"
-
-#include "cuda/rnn_kernel.h"
-
 #include <string>
 
-#include "common/error.h"
-#include "test.h"
+#include "cuda/rnn_launches.h"
+#include "tests/emulated_rnn.h"
+#include "tests/test.h"
 
 namespace {
 
@@ -225,78 +222,67 @@ double distance(const Doubles& a, const Doubles& b) {
   return worst;
 }
 
-template <class T, class Kind, int kGates>
+template <class T>
 struct Kernel {
   const Case& c;
   Recurrence problem;
+  int gates;
   cuda::RnnWalk walk;
 
-  explicit Kernel(const Case& given) : c(given), problem(given) {
-    walk = {c.cell, kGates, c.directions, c.arithmetic, c.batch, c.steps, c.hidden, c.batch, 1};
+  explicit Kernel(const Case& given) : c(given), problem(given), gates(static_cast<int>(problem.gates)) {
+    walk = {c.cell, gates, c.directions, c.arithmetic, c.batch, c.steps, c.hidden, c.batch, 1};
   }
 
-  template <class Body>
-  void launch(const cuda::RnnTeam& team, bool backward, const Run& r, emulate::Order order, const Body& body) {
-    const size_t size = static_cast<size_t>(team.workspace_bytes(c.directions));
-    Doubles workspace(size / 8 + 1);
-    char* bytes = reinterpret_cast<char*>(workspace.data());
-    std::memset(bytes, 0xff, size);
-    std::memset(bytes + team.flags_at(c.directions), 0, static_cast<size_t>(team.flags_bytes()));
+  template <class Arrays>
+  void launch(bool backward, const Run& r, emulate::Order order, const Arrays& arrays) {
+    const cuda::RnnTeam team = cuda::rnn_team(walk, backward, c.machine);
     CHECK(team.shared_bytes() <= c.machine.shared_bytes);
     CHECK_EQUAL(team.cluster, c.cluster);
     CHECK_EQUAL(team.clusters, c.clusters);
     CHECK_EQUAL(team.column_tiles, c.column_tiles);
+    Doubles workspace(static_cast<size_t>(team.workspace_bytes(c.directions)) / 8 + 1, NAN);
     const auto w = elements<T>(r.w);
-    const int64_t threads = team.fragments() * c.directions * 32, block = 32 * cuda::kWarps;
-    emulate::launch({static_cast<unsigned>((threads + block - 1) / block), 1, 1}, static_cast<unsigned>(block), order,
-                    [&] { cuda::rnn_pack<Kind>(walk, team, backward, w.data(), bytes); });
-    emulate::launch_together(static_cast<unsigned>(team.teams * team.blocks()), static_cast<unsigned>(32 * team.warps()),
-                             static_cast<unsigned>(team.cluster), order, [&] { body(bytes); });
+    interfuse_test::emulated_order = order;
+    const cuda::RnnLaunch given = {walk, team, reinterpret_cast<char*>(workspace.data()), nullptr};
+    switch (c.arithmetic) {
+      case Arithmetic::bfloat16: return cuda::launch_bfloat16(given, w.data(), arrays);
+      case Arithmetic::float16: return cuda::launch_float16(given, w.data(), arrays);
+      case Arithmetic::tf32: return cuda::launch_tf32(given, w.data(), arrays);
+      case Arithmetic::float32: return cuda::launch_float32(given, w.data(), arrays);
+    }
   }
 
   // Results of a run in float64, in one list of lists.
   std::vector<Doubles> forward(const Run& r, emulate::Order order) {
-    const cuda::RnnTeam team = cuda::rnn_team(walk, false, c.machine);
     const std::vector<float> pre(r.pre.begin(), r.pre.end());
     const auto b_hn = elements<T>(r.b_hn), h0 = elements<T>(r.h0), c0 = elements<T>(r.c0);
     auto y = elements<T>(Doubles(r.y.size())), hn = elements<T>(r.h0), cn = elements<T>(r.c0);
-    auto gates = elements<T>(Doubles(r.gates.size()));
+    auto kept = elements<T>(Doubles(r.gates.size()));
     std::vector<float> state(r.state.size());
     const cuda::RnnForwardArrays a = {pre.data(), b_hn.data(), c.states ? h0.data() : nullptr,
                                       c.states ? c0.data() : nullptr, problem.lengths.data(), y.data(), hn.data(), cn.data(),
-                                      kGates > 1 ? gates.data() : nullptr, state.data()};
-    launch(team, false, r, order, [&](char* workspace) {
-      if (team.column_tiles == 1)
-        cuda::rnn_forward<Kind, kGates, 1>(walk, team, a, workspace);
-      else
-        cuda::rnn_forward<Kind, kGates, 2>(walk, team, a, workspace);
-    });
+                                      gates > 1 ? kept.data() : nullptr, state.data()};
+    launch(false, r, order, a);
     std::vector<Doubles> found = {doubles(y), doubles(hn)};
-    if (kGates == 4) found.push_back(doubles(cn)), found.push_back(Doubles(state.begin(), state.end()));
-    if (kGates > 1) found.push_back(doubles(gates));
+    if (gates == 4) found.push_back(doubles(cn)), found.push_back(Doubles(state.begin(), state.end()));
+    if (gates > 1) found.push_back(doubles(kept));
     return found;
   }
 
   std::vector<Doubles> backward(const Run& r, emulate::Order order) {
-    const cuda::RnnTeam team = cuda::rnn_team(walk, true, c.machine);
     const auto h0 = elements<T>(r.h0), c0 = elements<T>(r.c0), y = elements<T>(r.y);
-    const auto gates = elements<T>(r.gates), grad_y = elements<T>(r.grad_y), grad_hn = elements<T>(r.grad_hn);
+    const auto kept = elements<T>(r.gates), grad_y = elements<T>(r.grad_y), grad_hn = elements<T>(r.grad_hn);
     const auto grad_cn = elements<T>(r.grad_cn);
     const std::vector<float> state(r.state.begin(), r.state.end());
     auto grads = elements<T>(Doubles(r.grads.size())), grad_h0 = elements<T>(Doubles(r.h0.size(), 99)), grad_c0 = grad_h0;
     const cuda::RnnBackwardArrays a = {grad_y.data(), grad_hn.data(), grad_cn.data(),
                                        c.states ? h0.data() : nullptr, c.states ? c0.data() : nullptr,
-                                       problem.lengths.data(), y.data(), gates.data(), state.data(), grads.data(),
+                                       problem.lengths.data(), y.data(), kept.data(), state.data(), grads.data(),
                                        c.states ? grad_h0.data() : nullptr, grad_c0.data()};
-    launch(team, true, r, order, [&](char* workspace) {
-      if (team.column_tiles == 1)
-        cuda::rnn_backward<Kind, kGates, 1>(walk, team, a, workspace);
-      else
-        cuda::rnn_backward<Kind, kGates, 2>(walk, team, a, workspace);
-    });
+    launch(true, r, order, a);
     std::vector<Doubles> found = {doubles(grads)};
     if (c.states) found.push_back(doubles(grad_h0));
-    if (kGates == 4) found.push_back(doubles(grad_c0));
+    if (gates == 4) found.push_back(doubles(grad_c0));
     return found;
   }
 
@@ -308,16 +294,16 @@ struct Kernel {
                            : c.arithmetic == Arithmetic::float32 ? 1.0 / (1 << 22)
                                                                  : 1.0 / 2048;
     std::vector<Doubles> truth = {r.y, r.hn};
-    if (kGates == 4) truth.push_back(r.cn), truth.push_back(r.state);
-    if (kGates > 1) truth.push_back(r.gates);
+    if (gates == 4) truth.push_back(r.cn), truth.push_back(r.state);
+    if (gates > 1) truth.push_back(r.gates);
     compare("forward", truth, 4 * epsilon, [&](emulate::Order order) { return forward(r, order); });
-    for (Doubles* kept : {&r.y, &r.gates})
-      for (double& value : *kept) value = rounded<T>(value);
+    for (Doubles* saved : {&r.y, &r.gates})
+      for (double& value : *saved) value = rounded<T>(value);
     for (double& value : r.state) value = rounded<float>(value);
     problem.backward<T>(r);
     truth = {r.grads};
     if (c.states) truth.push_back(r.grad_h0);
-    if (kGates == 4) truth.push_back(r.grad_c0);
+    if (gates == 4) truth.push_back(r.grad_c0);
     compare("backward", truth, 16 * epsilon, [&](emulate::Order order) { return backward(r, order); });
   }
 
@@ -331,24 +317,16 @@ struct Kernel {
   }
 };
 
-template <class T, Arithmetic kArithmetic>
-void check(const Case& c) {
-  using Kind = cuda::Fragments<T, kArithmetic>;
-  if (c.cell == INTERFUSE_LSTM) return Kernel<T, Kind, 4>(c).check();
-  if (c.cell == INTERFUSE_GRU) return Kernel<T, Kind, 3>(c).check();
-  Kernel<T, Kind, 1>(c).check();
-}
-
 }  // namespace
 
 TEST(cuda_rnn_emulated) {
   for (const Case& c : kCases) {
     const interfuse_test::Context context(c.name);
-    switch (c.arithmetic) {
-      case Arithmetic::bfloat16: check<cuda::BFloat16, Arithmetic::bfloat16>(c); break;
-      case Arithmetic::float16: check<cuda::Float16, Arithmetic::float16>(c); break;
-      case Arithmetic::tf32: check<float, Arithmetic::tf32>(c); break;
-      case Arithmetic::float32: check<float, Arithmetic::float32>(c); break;
-    }
+    if (c.arithmetic == Arithmetic::bfloat16)
+      Kernel<cuda::BFloat16>(c).check();
+    else if (c.arithmetic == Arithmetic::float16)
+      Kernel<cuda::Float16>(c).check();
+    else
+      Kernel<float>(c).check();
   }
 }

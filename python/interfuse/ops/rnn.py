@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
+from interfuse.ops import _rnn_cuda as cuda
 from interfuse.ops import _rnn_eager as eager
 from interfuse.ops import _rnn_native as native
 from interfuse.ops import _rnn_transforms as transforms
@@ -47,6 +48,9 @@ class RnnImplementation(Implementation):
 # In order of preference; the reference runs everything.
 IMPLEMENTATIONS = (
     RnnImplementation("native", native.why_not, native.run, native.run_backward, native.reserve_row, False),
+    RnnImplementation(
+        "cuda", cuda.why_not, cuda.run, cuda.run_backward, cuda.reserve_row, True, rather_not=cuda.rather_not
+    ),
     RnnImplementation("triton", triton.why_not, triton.run, triton.run_backward, triton.reserve_row, True),
     RnnImplementation(
         "reference", lambda problem: None, reference.run, reference.run_backward, lambda problem: 0, False
@@ -85,7 +89,7 @@ def rnn(
         table: (vocabulary, input_size): the input's ids choose its rows.
         padding_idx: the row of the table that gets no gradient.
         weight_dtype: torch.bfloat16 rounds the recurrent weights (inference alone, fewer bytes a step).
-        backend: None to choose the fastest, or "native", "triton" or "reference"; one that cannot run the
+        backend: None to choose the fastest, or "native", "cuda", "triton" or "reference"; one that cannot run the
             call raises its reason.
     """
     arguments = (cell, bidirectional, batch_first, padding_idx, weight_dtype, backend)

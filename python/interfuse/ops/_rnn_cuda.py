@@ -1,0 +1,229 @@
+"""The CUDA C++ kernels as an implementation of rnn: they walk through time, the rest is the Triton implementation's.
+
+The library is loaded when it is first asked for. It says itself which sizes a device can hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interfuse import _native
+from interfuse.ops import _rnn_triton as triton
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from interfuse.ops._rnn_problem import Four, RnnProblem
+
+LIBRARY = Path(_native.__file__).parent / "libinterfuse_cuda.so"
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+reserve_row = triton.reserve_row
+
+
+class Spec(ctypes.Structure):
+    """interfuse_cuda_rnn_spec of csrc/interfuse_cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("cell", "dtype", "tf32", "directions")),
+        *((name, ctypes.c_int64) for name in ("batch", "steps", "hidden_size")),
+        ("token_strides", ctypes.c_int64 * 2),
+    )
+
+
+class Team(ctypes.Structure):
+    """interfuse_cuda_rnn_team."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("cluster", "clusters", "threads", "columns")),
+        *((name, ctypes.c_int64) for name in ("teams", "shared_bytes", "workspace_bytes")),
+    )
+
+
+class Device(ctypes.Structure):
+    """interfuse_cuda_device."""
+
+    _fields_ = (
+        ("compute_capability", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int64),
+    )
+
+
+class ForwardArrays(ctypes.Structure):
+    """interfuse_cuda_rnn_forward_arrays."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("pre", "w_hh", "b_hn", "h0", "c0", "lengths", "y", "hn", "cn", "gates", "state")
+    )
+
+
+class BackwardArrays(ctypes.Structure):
+    """interfuse_cuda_rnn_backward_arrays."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "grad_y", "grad_hn", "grad_cn", "w_hh", "h0", "c0", "lengths", "y", "gates", "state", "grads",
+            "grad_h0", "grad_c0",
+        )
+    )  # fmt: skip
+
+
+class CudaError(RuntimeError):
+    """A CUDA kernel could not be launched."""
+
+
+@cache
+def library(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.interfuse_cuda_last_error.restype = ctypes.c_char_p
+    pointer = ctypes.POINTER
+    loaded.interfuse_cuda_rnn_plan.argtypes = (pointer(Spec), ctypes.c_int32, pointer(Device), pointer(Team))
+    for name, arrays in (("forward", ForwardArrays), ("backward", BackwardArrays)):
+        function = getattr(loaded, f"interfuse_cuda_rnn_{name}")
+        function.argtypes = (pointer(Spec), pointer(arrays), ctypes.c_void_p, ctypes.c_void_p)
+    return loaded
+
+
+def _failure() -> str:
+    message: bytes = library(LIBRARY).interfuse_cuda_last_error()
+    return message.decode()
+
+
+def _emulated() -> bool:
+    """The tests' library, which executes the kernels on the CPU."""
+    return "emulated" in LIBRARY.name
+
+
+def spec_of(problem: RnnProblem, tf32: bool) -> Spec:
+    p = problem
+    strides = (1, p.steps) if p.batch_first else (p.batch, 1)
+    return Spec(
+        CELLS[p.cell], DTYPES[p.dtype], tf32, p.directions, p.batch, p.steps, p.hidden_size, strides
+    )  # fmt: skip
+
+
+def team(spec: Spec, backward: bool, device: Device | None = None) -> Team:
+    """How the library shares out the work on the current device, or on one described; raises its refusal."""
+    found = Team()
+    if library(LIBRARY).interfuse_cuda_rnn_plan(spec, backward, device, found) != 0:
+        raise CudaError(_failure())
+    return found
+
+
+def _tf32(problem: RnnProblem) -> bool:
+    from interfuse.kernels.rnn_launches import arithmetic
+
+    return arithmetic(problem) == "tf32"
+
+
+def why_not(problem: RnnProblem) -> str | None:
+    if problem.device.type != "cuda" and not _emulated():
+        return f"the CUDA kernels run on a CUDA device; the tensors are on {problem.device}."
+    if not LIBRARY.exists():
+        return "this build has no CUDA kernels: nvcc was not found when it was made."
+    reason = triton.why_not(problem)
+    if reason is not None:
+        return f"what surrounds the CUDA kernel is the Triton implementation's, and {reason}"
+    if problem.proj_size:
+        return "the CUDA kernel has no projections (proj_size); the Triton kernels do."
+    try:
+        with _current(problem.device):
+            for backward in (False, True) if problem.save else (False,):
+                team(spec_of(problem, _tf32(problem)), backward)
+    except CudaError as refusal:
+        return str(refusal)
+    return None
+
+
+def rather_not(problem: RnnProblem) -> str | None:
+    return (
+        "the CUDA kernel has never run on a GPU, only on the CPU in its tests; backend='cuda' asks for it."
+    )
+
+
+def _current(device: torch.device) -> Any:
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _launch(problem: RnnProblem, backward: bool, arrays: ForwardArrays | BackwardArrays, device: Any) -> None:
+    """On the tensors' device, which is the current one, and its current stream."""
+    spec = spec_of(problem, _tf32(problem))
+    workspace = torch.empty(team(spec, backward).workspace_bytes, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    function = getattr(library(LIBRARY), f"interfuse_cuda_rnn_{'backward' if backward else 'forward'}")
+    if function(spec, arrays, workspace.data_ptr(), stream) != 0:
+        raise CudaError(_failure())
+
+
+def _forward(
+    problem: RnnProblem, runs: Any, layer: Any, pre: Tensor, lengths: Tensor | None, *states: Tensor | None
+) -> None:
+    """One layer's recurrence; the states are its h0, c0, hn and cn."""
+    from interfuse.kernels.rnn_launches import new_gate_bias, side_by_side
+
+    weights, bias = side_by_side([run.w_hh for run in runs]), new_gate_bias(problem, runs)
+    h0, c0, hn, cn = states
+    addresses = map(
+        _address, (pre, weights, bias, h0, c0, lengths, layer.y, hn, cn, layer.gates, _state(problem, layer))
+    )
+    _launch(problem, False, ForwardArrays(*addresses), pre.device)
+
+
+def _state(problem: RnnProblem, layer: Any) -> Tensor | None:
+    """What inference keeps there is scratch of the Triton kernels."""
+    return layer.state if problem.save else None
+
+
+def _backward(
+    problem: RnnProblem,
+    runs: Any,
+    layer: Any,
+    lengths: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    grad_y: Tensor | None,
+    grad_hn: Tensor | None,
+    grad_cn: Tensor | None,
+    grads: Tensor,
+    grad_out: Tensor | None,
+    grad_h0: Tensor | None,
+    grad_c0: Tensor | None,
+) -> None:
+    from interfuse.kernels.rnn_launches import side_by_side
+
+    weights = side_by_side([run.w_hh for run in runs])
+    addresses = map(
+        _address,
+        (
+            grad_y, grad_hn, grad_cn, weights, h0, c0, lengths, layer.y, layer.gates, layer.state, grads,
+            grad_h0, grad_c0,
+        ),
+    )  # fmt: skip
+    _launch(problem, True, BackwardArrays(*addresses), grads.device)
+
+
+def run(problem: RnnProblem, *inputs: Any) -> Four:
+    from interfuse.kernels import rnn
+
+    return rnn.run(problem, *inputs, walks=rnn.Walks(_forward, _backward))
+
+
+def run_backward(problem: RnnProblem, *arguments: Any) -> Sequence[Tensor | None]:
+    from interfuse.kernels import rnn
+
+    return rnn.run_backward(problem, *arguments, walks=rnn.Walks(_forward, _backward))
