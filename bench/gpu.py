@@ -55,6 +55,11 @@ def providers(load: Workload, dtype: torch.dtype) -> dict[str, tuple[nn.Module, 
         "compile": (torch.compile(last, dynamic=False), True),
         "compile_max_autotune": (torch.compile(last, dynamic=False, mode="max-autotune"), True),
     }
+    for backend in getattr(load, "gpu_backends", ()):
+        other: Any = load
+        made = other.ours_on(load.module().to("cuda", dtype), backend)
+        made.lengths = None if made.lengths is None else made.lengths.to("cuda")
+        found[f"interfuse_{backend}"] = (made, False)
     if load.channels_last is None:
         del found["interfuse_channels_last"], found["channels_last"]
     return found
@@ -183,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(op: str, cases: Sequence[str] | None) -> dict[str, Any]:
     bench = importlib.import_module(f"interfuse.bench.{op}")
-    cases = cases or bench.names(further=False, quick=False)
+    only_here = getattr(bench, "gpu_names", list)()
+    cases = cases or [*bench.names(further=False, quick=False), *only_here]
     rows = []
     with Progress(len(cases) * len(DTYPES) * 6) as progress:
         for name in cases:

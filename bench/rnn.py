@@ -44,6 +44,10 @@ def names(further: bool, quick: bool) -> list[str]:
     return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
 
 
+def gpu_names() -> list[str]:
+    return [case.name for case in cases.GPU]
+
+
 def isa() -> str:
     from interfuse import _native
 
@@ -53,7 +57,7 @@ def isa() -> str:
 def workload(name: str) -> RnnWorkload:
     """By name; 'NAME@tiny' is the same case on few short sequences."""
     plain, _, variant = name.partition("@")
-    for case in cases.CASES:
+    for case in (*cases.CASES, *cases.GPU):
         if case.name == plain:
             made = RnnWorkload(case)
             return made.tiny() if variant == "tiny" else made
@@ -87,6 +91,21 @@ class Ours(nn.Module):
         return self.rnn(x)[0] if self.lengths is None else self.rnn(x, lengths=self.lengths)[0]
 
 
+class OnBackend(nn.Module):
+    """The op on a named back end, whatever it would choose by itself."""
+
+    def __init__(self, rnn: nn.RNNBase, cell: str, lengths: Tensor | None, backend: str) -> None:
+        super().__init__()
+        self.rnn, self.cell, self.lengths, self.backend = rnn, cell, lengths, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = interfuse.ops.rnn(
+            x, list(self.rnn.parameters()), cell=self.cell, bidirectional=self.rnn.bidirectional,
+            lengths=self.lengths, backend=self.backend,
+        )  # fmt: skip
+        return y
+
+
 class RnnWorkload:
     """One case as plain torch, as interfuse's module, and as an ONNX graph."""
 
@@ -97,6 +116,8 @@ class RnnWorkload:
         self.case = dataclasses.replace(case, batch_first=False)
         self.name = case.name
         self.lengths = case.lengths()
+        # Back ends that a GPU has beside the one that is chosen by itself.
+        self.gpu_backends = () if case.vocabulary else ("cuda",)
         self.mask = None
         if self.lengths is not None:
             self.mask = (torch.arange(case.steps)[:, None] < self.lengths).unsqueeze(-1).float()
@@ -131,6 +152,9 @@ class RnnWorkload:
         if module.embedding is None:
             return Ours(plain.from_torch(module.rnn), self.lengths)
         return Ours(embedded.from_torch(module.embedding, module.rnn), self.lengths)
+
+    def ours_on(self, module: nn.Module, backend: str) -> nn.Module:
+        return OnBackend(module.rnn, self.case.cell, self.lengths, backend)
 
     def ours_half_weights(self, module: nn.Module) -> nn.Module:
         return interfuse.optimize(module, dtype=torch.bfloat16)

@@ -133,7 +133,9 @@ def run_backward(
             cn_ = cn_ if p.cell == "lstm" else None
             grads, grad_out = empty_token_gradients(p)
             runs = plan.run_weights(p, weights, number)
-            walks.backward(p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out)
+            walks.backward(
+                p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out
+            )
             flat = slice(3 + own.start * p.weights_per_run, 3 + own.stop * p.weights_per_run)
             if any(mask[flat]):
                 if number == 0:

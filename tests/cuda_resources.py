@@ -17,8 +17,12 @@ from interfuse import _native
 LIBRARY = Path(_native.__file__).parent / "libinterfuse_cuda.so"
 RECORD = Path(__file__).resolve().parent.parent / "bench" / "results" / "cuda_resources.json"
 ARITHMETIC = ("bfloat16", "float16", "tf32", "float32")
-SECTION = re.compile(r"arch = (sm_\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-RNN = re.compile(r"rnn_(forward|backward|pack)INS0_9FragmentsI\w*?LNS0_10ArithmeticE(\d)EEE(?:Li(\d)ELi(\d)E)?")
+SECTION = re.compile(
+    r"arch = (sm_\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+)
+RNN = re.compile(
+    r"rnn_(forward|backward|pack)INS0_9FragmentsI\w*?LNS0_10ArithmeticE(\d)EEE(?:Li(\d)ELi(\d)E)?"
+)
 
 
 def cuobjdump() -> str | None:

@@ -19,6 +19,7 @@ class Spec(ctypes.Structure):
     _fields_ = (
         ("dtype", ctypes.c_int32),
         ("channels_last", ctypes.c_int32),
+        ("weight_channels_last", ctypes.c_int32),
         ("batch", ctypes.c_int64),
         ("in_channels", ctypes.c_int64),
         ("out_channels", ctypes.c_int64),

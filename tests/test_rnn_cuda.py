@@ -1,4 +1,4 @@
-"""The CUDA kernel of rnn on machines without a GPU: how it shares out the work, what it refuses, what it takes.
+"""The CUDA kernel of rnn without a GPU: how it shares out the work, what it refuses, what it takes.
 
 Its results are checked in test_rnn_triton.py, beside those of the Triton kernels.
 """
@@ -25,9 +25,10 @@ RTX = cuda.Device(89, 128, 99 << 10)  # no clusters, and little shared memory
 
 def problem(**changes: Any) -> RnnProblem:
     sizes = {
-        "cell": "lstm", "layers": 1, "directions": 1, "bias": True, "batch_first": False, "batch": 8, "steps": 5,
-        "input_size": 4, "hidden_size": 512, "proj_size": 0, "vocabulary": 0, "dtype": torch.bfloat16,
-        "device": torch.device("cuda"), "ragged": False, "states": False, "weight_dtype": None, "save": False,
+        "cell": "lstm", "layers": 1, "directions": 1, "bias": True, "batch_first": False, "batch": 8,
+        "steps": 5, "input_size": 4, "hidden_size": 512, "proj_size": 0, "vocabulary": 0,
+        "dtype": torch.bfloat16, "device": torch.device("cuda"), "ragged": False, "states": False,
+        "weight_dtype": None, "save": False,
     }  # fmt: skip
     return RnnProblem(**{**sizes, **changes})
 

@@ -1,4 +1,4 @@
-"""rnn's Triton kernels against torch.nn in float64, one sequence at a time, and the CUDA kernel in their midst.
+"""rnn's Triton kernels, and the CUDA kernel in their midst, against torch.nn in float64.
 
 Compiled on a GPU; everywhere else interpreted (triton_runs.py) and, the CUDA kernel, emulated by the library
 that csrc/tests/emulated_rnn.cpp becomes. Sizes are tiny because the interpreter takes

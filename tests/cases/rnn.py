@@ -149,3 +149,10 @@ EDGES = (
     Case("wide-hidden", "lstm", 2, 5, 3, 131, states=True),
     Case("long", "gru", 2, 300, 3, 24),
 )  # fmt: skip
+
+# Timed on a GPU alone: one layer, from what one multiprocessor holds to what a cluster cannot.
+GPU = (
+    *(Case(f"lstm-{size}-b32", "lstm", 32, 512, size, size) for size in (128, 256, 512, 1024)),
+    Case("gru-512-b32", "gru", 32, 512, 512, 512),
+    Case("lstm-512-ragged-b32", "lstm", 32, 512, 512, 512, ragged=True),
+)

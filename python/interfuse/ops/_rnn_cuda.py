@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels as an implementation of rnn: they walk through time, the rest is the Triton implementation's.
+"""The CUDA C++ kernels as an implementation of rnn: they walk through time, Triton's do the rest.
 
 The library is loaded when it is first asked for. It says itself which sizes a device can hold.
 """

@@ -89,8 +89,8 @@ def rnn(
         table: (vocabulary, input_size): the input's ids choose its rows.
         padding_idx: the row of the table that gets no gradient.
         weight_dtype: torch.bfloat16 rounds the recurrent weights (inference alone, fewer bytes a step).
-        backend: None to choose the fastest, or "native", "cuda", "triton" or "reference"; one that cannot run the
-            call raises its reason.
+        backend: None to choose the fastest, or "native", "cuda", "triton" or "reference"; one that cannot
+            run the call raises its reason.
     """
     arguments = (cell, bidirectional, batch_first, padding_idx, weight_dtype, backend)
     if not torch.compiler.is_dynamo_compiling() and not (training and dropout):
