@@ -72,13 +72,14 @@ void check_lengths(const Rnn& p, const int64_t* lengths) {
 }
 
 // Threads that take sequences of their own need not meet at each step, but each reads all recurrent weights: that pays
-// while they fit into its cache and meet several rows.
+// while they fit into its cache and meet several rows, the more the larger they are.
 int64_t parts_for(const Rnn& p, const int64_t* lengths, int threads) {
-  constexpr int64_t kRows = 4, kBytes = int64_t(1) << 20;
+  constexpr int64_t kBytes = int64_t(1) << 20, kFewBytes = int64_t(320) << 10;
   int64_t tokens = 0;
   for (int64_t b = 0; b < p.batch; ++b) tokens += lengths ? lengths[b] : p.steps;
   const int64_t bytes = p.gates() * p.hidden * p.output() * 4;
-  return threads > 1 && bytes <= kBytes && tokens >= kRows * threads * p.steps ? threads : 1;
+  const int64_t rows = bytes <= kFewBytes ? 2 : 4;
+  return threads > 1 && bytes <= kBytes && tokens >= rows * threads * p.steps ? threads : 1;
 }
 
 // Behind what the kernels keep of the tokens stands the number of parts that forward made, which backward must follow,

@@ -70,6 +70,10 @@ CASES = [
     Case(batch=33, hidden=48, threads=3),
     Case(batch=50, steps=30, hidden=16, ragged=True, threads=3, bidirectional=True),
     Case(cell="gru", steps=300, batch=2, hidden=24),
+    # Layers that run at the same time.
+    *(Case(cell=cell, batch=1, hidden=130, layers=3, steps=11) for cell in MODULES),
+    Case(batch=3, hidden=130, layers=4, steps=11, ragged=True, states=False),
+    Case(batch=2, hidden=130, projection=70, layers=2),
 ]
 
 
@@ -248,8 +252,10 @@ def test_few_token_ids_are_looked_up_as_gates(cell: str, bidirectional: bool) ->
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(outputs))
 
 
-def test_bfloat16_weights_round_the_recurrent_weights_only() -> None:
-    case = Case(batch=1, hidden=64, steps=20)
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_bfloat16_weights_round_the_recurrent_weights_only(layers: int, batch: int) -> None:
+    case = Case(batch=batch, hidden=130, steps=20, layers=layers)
     run = run_of(case)
     half = run.forward(save=False, weight_dtype="bfloat16")[0]
     for name, p in run.module.named_parameters():

@@ -21,6 +21,9 @@ namespace {
 constexpr int64_t kGather = 48;
 // Floats of gates that a stretch of steps may fill: the steps should find them in L2.
 constexpr int64_t kStretch = 96 << 10;
+// Overlapped layers: the most rows a step, the most floats of a layer's recurrent weight, and the steps that a layer stays
+// behind the one below.
+constexpr int64_t kOverlappedRows = 3, kOverlappedFloats = 80 << 10, kOverlappedSteps = 4;
 
 // What `rows` inputs, a_row apart, give to the gates of the unit blocks `mine`, with what else the gates start with.
 template <class Cell>
@@ -47,7 +50,8 @@ class Stack {
  public:
   Stack(const Rnn& p, const RnnOrder& order, const RnnForward& a, const float* packed, int threads)
       : p_(p), order_(order), a_(a), weights_(p), packed_(packed), keep_(p, order.tokens), units_(keep_.units),
-        outputs_(keep_.outputs), blocks_(units_ / kLanes), gate_row_(keep_.gate_row), flags_(threads) {
+        outputs_(keep_.outputs), blocks_(units_ / kLanes), gate_row_(keep_.gate_row), overlapped_(overlaps(threads)),
+        flags_(threads) {
     stretch_ = kStretch / gate_row_;
     if (stretch_ < order_.rows) stretch_ = order_.rows;
     if (stretch_ > order_.tokens) stretch_ = order_.tokens;
@@ -56,10 +60,17 @@ class Stack {
   }
 
   void run(int thread, int threads) {
+    if (overlapped_ && threads == 2) {
+      for (int64_t layer = thread; layer < p_.layers; layer += 2) {
+        RnnTeam alone(p_, flags_, 0, 1);
+        run_direction(alone, layer, 0, direction_[thread], true);
+      }
+      return;
+    }
     RnnTeam team(p_, flags_, thread, threads);
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       for (int d = 0; d < p_.directions; ++d)
-        if (team.takes(d)) run_direction(team, layer, d);
+        if (team.takes(d)) run_direction(team, layer, d, direction_[d], false);
       team.meet_all();  // the next layer reads both directions
     }
   }
@@ -73,12 +84,30 @@ class Stack {
     typename ForwardWeights<Cell>::Of w;
   };
 
+  // Whether two threads take the layers in turn, each a few steps behind the one below, in place of sharing out each
+  // step's units: that spares them a meeting at every step, but each reads all of a layer's recurrent weights.
+  bool overlaps(int threads) const {
+    return threads == 2 && p_.layers > 1 && p_.directions == 1 && order_.tokens <= kOverlappedRows * order_.steps &&
+           weights_.recurrent().floats(weights_.vectors(), p_.output()) <= kOverlappedFloats;
+  }
+
+  // Overlapped layers: how many steps they have done, all layers of a thread counted on.
+  void tell(int64_t layer, int64_t steps) {
+    __atomic_store_n(&done_[layer & 1].steps, layer / 2 * order_.steps + steps, __ATOMIC_RELEASE);
+  }
+  void await(int64_t layer, int64_t steps) const {
+    const int64_t wanted = layer / 2 * order_.steps + steps;
+    const int64_t* done = &done_[layer & 1].steps;
+    wait_until([&]() __attribute__((always_inline)) { return __atomic_load_n(done, __ATOMIC_ACQUIRE) >= wanted; });
+  }
+
   void allocate() {
+    const int sets = overlapped_ ? 2 : p_.directions;
     const int64_t history = p_.layers > 1 ? order_.tokens * outputs_ : 0;
     int64_t each = order_.rows * (outputs_ + units_) + 2 * 16;
     if (!p_.save) each += stretch_ * gate_row_ + 2 * order_.rows * (outputs_ + units_) + 2 * history + 6 * 16;
-    RnnMemory memory{scratch_floats(Slot::other, each * p_.directions)};
-    for (int d = 0; d < p_.directions; ++d) {
+    RnnMemory memory{scratch_floats(Slot::other, each * sets)};
+    for (int d = 0; d < sets; ++d) {
       Direction& x = direction_[d];
       x.h_start = memory.take(order_.rows * outputs_);
       x.c_start = memory.take(order_.rows * units_);
@@ -101,8 +130,7 @@ class Stack {
     return x.output + (x.ring ? (s & 1) * order_.rows + j : order_.first[s] + j) * outputs_;
   }
 
-  void run_direction(RnnTeam& team, int64_t layer, int d) {
-    Direction x = direction_[d];
+  void run_direction(RnnTeam& team, int64_t layer, int d, Direction x, bool overlapped) {
     x.w = weights_.at(packed_, layer, d);
     x.output = output_of(layer, d);
     x.ring = !p_.save && last(layer);
@@ -120,15 +148,19 @@ class Stack {
     const Range mine{panels.begin * blocks, panels.end * blocks < blocks_ ? panels.end * blocks : blocks_};
     for (int64_t s = 0; s < order_.steps;) {
       int64_t end = s + 1;
-      while (end < order_.steps && order_.first[end + 1] - order_.first[s] <= stretch_) ++end;
+      const int64_t most = overlapped && layer > 0 ? kOverlappedSteps : order_.steps;
+      while (end < order_.steps && end - s < most && order_.first[end + 1] - order_.first[s] <= stretch_) ++end;
+      if (overlapped && layer > 0) await(layer - 1, end);
       const int64_t base = p_.save ? 0 : order_.first[s];
       if (mine.begin < mine.end) input_product(layer, d, x, input, mine, s, end, base);
       for (; s < end; ++s) {
         step(team, layer, d, x, mine, s, base);
-        if (!p_.projection) continue;
-        team.meet(d);
-        project(team, layer, d, x, s);
-        team.arrive(d);
+        if (p_.projection) {
+          team.meet(d);
+          project(team, layer, d, x, s);
+          team.arrive(d);
+        }
+        if (overlapped) tell(layer, s + 1);
       }
     }
     team.wait(d);
@@ -311,7 +343,11 @@ class Stack {
   const float* packed_;
   const RnnLayout<Cell> keep_;
   const int64_t units_, outputs_, blocks_, gate_row_;
+  const bool overlapped_;
   int64_t stretch_;
+  struct alignas(128) {
+    int64_t steps;
+  } done_[2] = {};
   Direction direction_[2] = {};
   float* ring_[2] = {};
   float* history_[2][2] = {};

@@ -10,6 +10,17 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
+template <class Ready>
+INTERFUSE_INLINE void wait_until(Ready&& ready) {
+  for (int spins = 0; !ready(); ++spins) {
+    if (spins < 64) continue;  // a pause may take longer than the wait
+    if (spins > 4000) sched_yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+  }
+}
+
 // How often each thread has arrived, by meeting place: one for each direction and one for all. Each is written by its
 // thread alone, so that an arrival is a plain store, and what others see late is the store and nothing more.
 struct RnnFlags {
@@ -58,13 +69,10 @@ class RnnTeam {
     for (int other = 0; other < members; ++other) {
       if (other == me) continue;
       const uint32_t* arrivals = &flags_.line[place][other].arrivals;
-      for (int spins = 0; static_cast<int32_t>(__atomic_load_n(arrivals, __ATOMIC_ACQUIRE) - rounds_[place]) < 0; ++spins) {
-        if (spins < 64) continue;  // a pause may take longer than the wait
-        if (spins > 4000) sched_yield();
-#if defined(__x86_64__)
-        else __builtin_ia32_pause();
-#endif
-      }
+      const uint32_t round = rounds_[place];
+      wait_until([&]() __attribute__((always_inline)) {
+        return static_cast<int32_t>(__atomic_load_n(arrivals, __ATOMIC_ACQUIRE) - round) >= 0;
+      });
     }
   }
 
