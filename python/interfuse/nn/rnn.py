@@ -6,7 +6,7 @@ torch's own. `run_module` runs any torch.nn.RNNBase; `run_cell` any of torch's c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from interfuse.ops import _rnn_eager as eager
 from interfuse.ops.rnn import run_long
 from interfuse.torch_state import (
+    SingleLevelFunction,
+    apply,
     current_parameters,
     is_autocast_active,
+    is_plain_eager,
     is_tracing,
     let_compile_see_recurrent_modules,
 )
@@ -80,7 +83,13 @@ def _run_packed(
     dims = 2 if table is None else 1
     if data.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {data.dim()}")
-    x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+    rows = _rows(data, batch_sizes)
+    if rows is None:
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+    else:
+        lengths = rows.lengths
+        padded = apply(_Gather, data, rows.back, rows.there)
+        x = padded.unflatten(0, (batch_sizes.shape[0], lengths.shape[0]))
     lstm = module.mode == "LSTM"
     if hx is not None and order is not None:
         hx = tuple(t.index_select(1, order) for t in hx) if lstm else hx.index_select(1, order)
@@ -88,11 +97,55 @@ def _run_packed(
     padding_idx, weight_dtype = options
     arguments = (_CELLS[module.mode], module.bidirectional, False, padding_idx, weight_dtype, None)
     dropout = module.dropout if module.training and module.num_layers > 1 else 0.0
-    y, state = run_long(x, weights, hx, lengths, table, arguments, dropout)
+    result = None if dropout or rows is None else eager.run(x, weights, hx, lengths, table, arguments)
+    y, state = result or run_long(x, weights, hx, lengths, table, arguments, dropout)
     if back is not None:
         states = tuple(t.index_select(1, back) for t in (state if isinstance(state, tuple) else (state,)))
         state = (states[0], states[1]) if lstm else states[0]
-    return PackedSequence(pack_padded_sequence(y, lengths).data, batch_sizes, order, back), state
+    if rows is None:
+        packed_y = pack_padded_sequence(y, lengths).data
+    else:
+        packed_y = apply(_Gather, y.flatten(0, 1), rows.there, rows.back)
+    return PackedSequence(packed_y, batch_sizes, order, back), state
+
+
+class _Rows(NamedTuple):
+    """Which rows of (steps * batch) the packed rows are; for each of those its packed row (for padding the
+    first, which nothing reads there); how long the sequences are."""
+
+    there: Tensor
+    back: Tensor
+    lengths: Tensor
+
+
+def _rows(data: Tensor, batch_sizes: Tensor) -> _Rows | None:
+    """None where torch's own functions, which go step by step, are to pad and pack."""
+    if torch.compiler.is_compiling() or not is_plain_eager() or type(data) is not Tensor or not data.is_cpu:
+        return None
+    if data.dtype is torch.float64 or not batch_sizes.numel():  # the reference computes with the padding
+        return None
+    sizes = batch_sizes.unsqueeze(1)
+    each = torch.arange(int(batch_sizes[0]))
+    filled = each < sizes
+    there = filled.flatten().nonzero().squeeze(1)
+    if there.shape[0] != data.shape[0]:
+        return None
+    back = torch.where(filled, sizes.cumsum(0) - sizes + each, 0).flatten()
+    return _Rows(there, back, filled.sum(0))
+
+
+class _Gather(SingleLevelFunction):
+    """Rows of a tensor, each once but for those that nothing reads: the gradient is a choice of rows too."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, back)
+        return t.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        there, back = ctx.saved_tensors
+        return apply(_Gather, grad, back, there), None, None
 
 
 def _check(
