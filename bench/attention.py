@@ -62,6 +62,46 @@ class Cross(nn.Module):
         return y
 
 
+class Graph:
+    """An ONNX graph from query and context to one output, as it grows."""
+
+    def __init__(self) -> None:
+        self.constants: list[Any] = []
+        self.nodes: list[Any] = []
+
+    def constant(self, name: str, value: Tensor) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(value.detach().contiguous().numpy(), name))
+        return name
+
+    def node(self, kind: str, *inputs: str, **settings: Any) -> str:
+        from onnx import helper
+
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **settings))
+        return name
+
+    def product(self, x: str, name: str, weight: Tensor, bias: Tensor | None) -> str:
+        y = self.node("MatMul", x, self.constant(f"weight_{name}", weight.t()))
+        return y if bias is None else self.node("Add", y, self.constant(f"bias_{name}", bias))
+
+    def bytes(self, name: str, inputs: list[Tensor], output: str) -> bytes:
+        import onnx
+        from onnx import TensorProto, helper
+
+        given = [
+            helper.make_tensor_value_info(x, TensorProto.FLOAT, t.shape)
+            for x, t in zip(("query", "context"), inputs, strict=True)
+        ]
+        made = [helper.make_tensor_value_info(output, TensorProto.FLOAT, inputs[0].shape)]
+        graph = helper.make_graph(self.nodes, name, given, made, self.constants)
+        sets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=sets, ir_version=9)
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString())
+
+
 class AttentionWorkload:
     """One case as plain torch, as interfuse's module, and as an ONNX graph."""
 
@@ -127,51 +167,41 @@ class AttentionWorkload:
         return Cost(operations, (3 if training else 1) * elements * self.dtype.itemsize)
 
     def onnx(self, module: nn.Module) -> bytes:
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-
-        case = self.case
+        """Of ONNX's operators alone."""
+        case, graph = self.case, Graph()
         attention: Any = module.attention
-        constants, nodes = [], []
-
-        def constant(name: str, value: Tensor) -> str:
-            constants.append(numpy_helper.from_array(value.detach().numpy(), name))
-            return name
-
-        def node(kind: str, *inputs: str, **settings: Any) -> str:
-            nodes.append(helper.make_node(kind, list(inputs), [f"t{len(nodes)}"], **settings))
-            return f"t{len(nodes) - 1}"
-
-        split = constant("split", torch.tensor([0, 0, case.heads, case.width // case.heads]))
-        weights = attention.in_proj_weight.chunk(3)
+        split = graph.constant("split", torch.tensor([0, 0, case.heads, case.width // case.heads]))
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
         heads = []
-        for name, x, weight, bias, order in zip(
-            "qkv", ("query", "context", "context"), weights, attention.in_proj_bias.chunk(3),
-            ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True,
-        ):  # fmt: skip
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
             scale = (case.width // case.heads) ** -0.5 if name == "q" else 1.0
-            projected = node("MatMul", x, constant(f"w{name}", (weight * scale).t().contiguous()))
-            projected = node("Add", projected, constant(f"b{name}", bias * scale))
-            heads.append(node("Transpose", node("Reshape", projected, split), perm=order))
-        scores = node("MatMul", heads[0], heads[1])
+            x = graph.product("query" if name == "q" else "context", name, weight * scale, bias * scale)
+            order = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
+            heads.append(graph.node("Transpose", graph.node("Reshape", x, split), perm=order))
+        scores = graph.node("MatMul", heads[0], heads[1])
         if self.padding is not None:
             added = torch.zeros(self.padding.shape).masked_fill(self.padding, float("-inf"))
-            scores = node("Add", scores, constant("padding", added[:, None, None]))
-        y = node("MatMul", node("Softmax", scores, axis=-1), heads[2])
-        joined = constant("joined", torch.tensor([0, 0, case.width]))
-        y = node("Reshape", node("Transpose", y, perm=[0, 2, 1, 3]), joined)
-        y = node("MatMul", y, constant("wo", attention.out_proj.weight.t().contiguous()))
-        y = node("Add", y, constant("bo", attention.out_proj.bias))
-        graph = helper.make_graph(
-            nodes, self.name,
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape)
-             for name, x in zip(("query", "context"), self.inputs(), strict=True)],
-            [helper.make_tensor_value_info(y, TensorProto.FLOAT, [case.batch, case.queries, case.width])],
-            constants,
-        )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-        onnx.checker.check_model(model)
-        return bytes(model.SerializeToString())
+            scores = graph.node("Add", scores, graph.constant("padding", added[:, None, None]))
+        y = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), heads[2])
+        joined = graph.constant("joined", torch.tensor([0, 0, case.width]))
+        y = graph.node("Reshape", graph.node("Transpose", y, perm=[0, 2, 1, 3]), joined)
+        y = graph.product(y, "o", attention.out_proj.weight, attention.out_proj.bias)
+        return graph.bytes(self.name, self.inputs(), y)
+
+    def onnx_with_own_operators(self, module: nn.Module) -> bytes:
+        """With ONNX Runtime's own MultiHeadAttention, which adds the projections' biases too."""
+        graph = Graph()
+        attention: Any = module.attention
+        projected = [
+            graph.product("query" if name == "q" else "context", name, weight, None)
+            for name, weight in zip("qkv", attention.in_proj_weight.chunk(3), strict=True)
+        ]
+        given = [*projected, graph.constant("bias", attention.in_proj_bias)]
+        if self.padding is not None:
+            given.append(graph.constant("real", (~self.padding).to(torch.int32)))
+        y = graph.node("MultiHeadAttention", *given, num_heads=self.case.heads, domain="com.microsoft")
+        y = graph.product(y, "o", attention.out_proj.weight, attention.out_proj.bias)
+        return graph.bytes(self.name, self.inputs(), y)
 
     def overhead(self, seconds: float, threads: int) -> dict[str, float]:
         """One call of the op against the same call of the binding, with everything prepared, in turn."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from interfuse.bench.peers import Workload
 
-OPS = ("conv_pool", "rnn")
+OPS = ("conv_pool", "rnn", "attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDS = 5
 WRONG = {
@@ -65,54 +65,56 @@ def providers(load: Workload, dtype: torch.dtype) -> dict[str, tuple[nn.Module, 
     return found
 
 
-def rotating(load: Workload, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
-    """Copies of the input that together are twice as large as the L2 cache, and at least two."""
-    x = load.inputs()[0].to("cuda")
-    x = x.to(dtype) if x.is_floating_point() else x
+Inputs = list[Tensor]  # of one call
+
+
+def rotating(load: Workload, dtype: torch.dtype, channels_last: bool) -> list[Inputs]:
+    """Copies of the inputs that together are twice as large as the L2 cache, and at least two."""
+    xs = [x.to("cuda", dtype if x.is_floating_point() else None) for x in load.inputs()]
     if channels_last and load.channels_last:
-        x = x.contiguous(memory_format=load.channels_last)
-    cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-    copies = max(2, -(-2 * cache // (x.numel() * x.element_size())))
-    return [x.clone() for _ in range(min(copies, 64))]
+        xs = [x.contiguous(memory_format=load.channels_last) for x in xs]
+    cache = torch.cuda.get_device_properties(xs[0].device).L2_cache_size
+    copies = max(2, -(-2 * cache // sum(x.numel() * x.element_size() for x in xs)))
+    return [[x.clone() for x in xs] for _ in range(min(copies, 64))]
 
 
-def milliseconds_a_call(step: Callable[[Tensor], object], inputs: list[Tensor], calls: int) -> float:
+def milliseconds_a_call(step: Callable[..., object], inputs: list[Inputs], calls: int) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
     for i in range(calls):
-        step(inputs[i % len(inputs)])
+        step(*inputs[i % len(inputs)])
     end.record()
     torch.cuda.synchronize()
     return float(begin.elapsed_time(end)) / calls
 
 
-def training_step(module: nn.Module, x: Tensor) -> Callable[[Tensor], object]:
+def training_step(module: nn.Module, inputs: Inputs) -> Callable[..., object]:
     parameters = list(module.parameters())
-    grad_y = torch.ones_like(module(x))
+    grad_y = torch.ones_like(module(*inputs))
 
-    def step(x: Tensor) -> object:
-        leaf = x.detach().requires_grad_(x.is_floating_point())
-        wanted = [leaf, *parameters] if leaf.requires_grad else parameters
-        return torch.autograd.grad(module(leaf), wanted, grad_y)
+    def step(*inputs: Tensor) -> object:
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        wanted = [*(leaf for leaf in leaves if leaf.requires_grad), *parameters]
+        return torch.autograd.grad(module(*leaves), wanted, grad_y)
 
     return step
 
 
 def measure(load: Workload, dtype: torch.dtype, tick: Callable[[str], None]) -> dict[str, Any]:
-    truth = load.module().double().to("cuda")(rotating(load, torch.float64, False)[0]).detach()
+    truth = load.module().double().to("cuda")(*rotating(load, torch.float64, False)[0]).detach()
     row: dict[str, Any] = {
         "case": load.name,
         "dtype": str(dtype).removeprefix("torch."),
         "missing": {},
         "errors": {},
     }
-    ready: dict[str, tuple[nn.Module, list[Tensor]]] = {}
+    ready: dict[str, tuple[nn.Module, list[Inputs]]] = {}
     for name, (module, last) in providers(load, dtype).items():
         try:
             inputs = rotating(load, dtype, last)
             with torch.no_grad():
-                error = peers.relative_error(module(inputs[0]), truth)
+                error = peers.relative_error(module(*inputs[0]), truth)
             if error <= WRONG[dtype]:
                 ready[name] = (module, inputs)
                 row["errors"][name] = error
@@ -136,7 +138,7 @@ def measure(load: Workload, dtype: torch.dtype, tick: Callable[[str], None]) -> 
     return row
 
 
-def timed(step: Callable[[Tensor], object], inputs: list[Tensor]) -> float:
+def timed(step: Callable[..., object], inputs: list[Inputs]) -> float:
     """Seconds a call: enough calls for 20 ms, after a warm-up that also finds out how many those are."""
     milliseconds_a_call(step, inputs, 3)
     each = milliseconds_a_call(step, inputs, 5)

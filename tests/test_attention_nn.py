@@ -278,3 +278,62 @@ def test_attention_pool_takes_lengths_as_integers() -> None:
     y, weights = module(x, [5, 2], return_weights=True)
     assert close(y, module(x, torch.tensor([5, 2])))
     assert not weights[1, 2:].any()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", ["none", "padding", "holes", "both", "causal"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_whole_step_of_autograd_is_what_the_op_and_products_give(
+    kind: str, batch_first: bool, bias: bool
+) -> None:
+    """Output and gradients of all inputs and parameters, the context given once; ragged, few rows real."""
+    theirs, ours = pair({"batch_first": batch_first, "bias": bias})
+    query, context, _ = inputs({"batch_first": batch_first})
+    arguments = {**masks(kind), "need_weights": False}
+    if kind == "padding":
+        arguments["key_padding_mask"] = torch.arange(11) >= torch.tensor([[11], [1], [3]])
+    found = []
+    for module in (theirs, ours):
+        for _ in range(2):  # what is kept from call to call must not change what comes back
+            leaves = [t.clone().requires_grad_() for t in (query, context)]
+            y, _ = module(leaves[0], leaves[1], leaves[1], **arguments)
+            grads = torch.autograd.grad(y.square().sum(), [*leaves, *module.parameters()])
+        with torch.no_grad():
+            found.append([y, grads, module(query, context, context, **arguments)[0]])
+    assert close(found[1], found[0])
+
+
+def test_the_whole_step_takes_one_tensor_for_all_and_can_be_differentiated_twice() -> None:
+    theirs, ours = pair({"batch_first": True})
+    found = []
+    for module, weights in ((theirs, True), (ours, False)):  # torch's fused form has no second derivative
+        x = inputs({"batch_first": True})[0].requires_grad_()
+        y, _ = module(x, x, x, need_weights=weights)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append([first, torch.autograd.grad(first.square().sum(), [x, *module.parameters()])])
+    assert close(found[1], found[0], 10 * BOUND)  # a derivative of what carries the first bound's error
+
+
+def test_the_whole_step_keeps_nothing_that_another_call_would_change() -> None:
+    _, ours = pair({"batch_first": True})
+    query, context, _ = inputs({"batch_first": True})
+    expected = ours(query, context, context, need_weights=False)[0].clone()
+    leaf = context.clone().requires_grad_()
+    y, _ = ours(query, leaf, leaf, need_weights=False)
+    with torch.no_grad():
+        ours(-query, 2 * context, 2 * context, need_weights=False)
+    assert close(y, expected)
+    first = torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0].clone()
+    with torch.no_grad():
+        ours(-query, 2 * context, 2 * context, need_weights=False)
+    assert torch.equal(torch.autograd.grad(y.sum(), leaf)[0], first)
+
+
+def test_parameters_without_a_gradient_get_none() -> None:
+    _, ours = pair({"batch_first": True})
+    query, context, _ = inputs({"batch_first": True})
+    ours.in_proj_weight.requires_grad_(False)
+    ours(query, context, context, need_weights=False)[0].sum().backward()
+    assert ours.in_proj_weight.grad is None
+    assert ours.in_proj_bias.grad is not None
+    assert ours.out_proj.weight.grad is not None

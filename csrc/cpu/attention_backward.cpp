@@ -60,17 +60,17 @@ struct Accumulate {
   }
 };
 
+// The lanes of the sum of products.
 template <class T>
-float dot(const T* a, const T* b, int64_t count) {
+INTERFUSE_INLINE Vec dot(const T* a, const T* b, int64_t count) {
   Vec sum = zero();
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) sum += load(a + i) * load(b + i);
-  float total = sum_lanes(sum);
-  for (; i < count; ++i) total += to_float(a[i]) * to_float(b[i]);
-  return total;
+  for (; i + kLanes <= count; i += kLanes) sum = multiply_add(load(a + i), load(b + i), sum);
+  const int left = static_cast<int>(count - i);
+  return left ? multiply_add(load_first(a + i, left), load_first(b + i, left), sum) : sum;
 }
 
-float dot(bool half, const void* a, const void* b, int64_t count) {
+INTERFUSE_INLINE Vec dot(bool half, const void* a, const void* b, int64_t count) {
   return half ? dot(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), count)
               : dot(static_cast<const float*>(a), static_cast<const float*>(b), count);
 }
@@ -128,11 +128,8 @@ class Worker {
   }
 
   void pass(const AttentionPiece& piece, int64_t first, int64_t count) {
-    // A tile's missing rows are zeros with an offset that makes their probabilities zero.
-    memset(q_rows_, 0, static_cast<size_t>(packed_rows(rows_, p_.head_dim)) * 4);
-    memset(grad_y_rows_, 0, static_cast<size_t>(packed_rows(rows_, p_.value_dim)) * 4);
-    memset(grad_q_, 0, static_cast<size_t>(rows_ * e_row_) * 4);
-    for (int64_t i = 0; i < rows_; ++i) offset_[i] = infinity(), delta_[i] = 0;
+    memset(grad_q_, 0, static_cast<size_t>(count * kRows * e_row_) * 4);
+    for (int64_t i = 0; i < count * kRows; ++i) offset_[i] = infinity(), delta_[i] = 0;
     for (int64_t t = 0; t < count; ++t) pack(piece, tile_at(piece.kv_head, first + t), t);
     const int64_t b = piece.batch;
     for (int64_t key = piece.begin; key < end_; key += kBlockKeys) {
@@ -155,13 +152,30 @@ class Worker {
     pack_rows(p_.half, q, rows_, q_rows_ + row * kPanel);
     pack_tiles(p_.half, grad, 1.f, grad_y_tiles_ + row * p_.value_dim);
     pack_rows(p_.half, grad, rows_, grad_y_rows_ + row * kPanel);
+    // A tile's missing rows are zeros with an offset that makes their probabilities zero.
+    zero_rows(tile.rows, p_.head_dim, q_rows_ + row * kPanel);
+    zero_rows(tile.rows, p_.value_dim, grad_y_rows_ + row * kPanel);
     const float* lse = a_.in.lse + (b * p_.heads + tile.head) * p_.queries + tile.query;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      if (lse[r] == -infinity()) continue;  // attends to nothing
-      offset_[row + r] = lse[r] * kLog2E;
-      delta_[row + r] = dot(p_.half, element(p_.half, a_.grad_y, y_at + r * p_.y.row),
-                            element(p_.half, a_.in.y, y_at + r * p_.y.row), p_.value_dim);
+    for (int64_t r = 0; r < tile.rows; r += kLanes) {
+      const int rows = static_cast<int>(smaller(tile.rows - r, kLanes));
+      Vec products[kLanes] = {};
+      for (int i = 0; i < rows; ++i) {
+        if (lse[r + i] == -infinity()) continue;  // attends to nothing
+        offset_[row + r + i] = lse[r + i] * kLog2E;
+        const int64_t at = y_at + (r + i) * p_.y.row;
+        products[i] = dot(p_.half, element(p_.half, a_.grad_y, at), element(p_.half, a_.in.y, at), p_.value_dim);
+      }
+      transpose(products);  // adding up a vector's lanes one by one would take longer than the products
+      Vec sum = products[0];
+      for (int lane = 1; lane < kLanes; ++lane) sum += products[lane];
+      store_first(delta_ + row + r, sum, rows);
     }
+  }
+
+  void zero_rows(int64_t rows, int64_t width, float* to) const {
+    if (rows < kRows)
+      for (int64_t column = 0; column < width; column += kPanel)
+        memset(to + column * rows_ + rows * kPanel, 0, static_cast<size_t>((kRows - rows) * kPanel) * 4);
   }
 
   int64_t limit(int64_t query, int64_t key, int64_t keys) const {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interfuse.nn import _attention_whole
 from interfuse.ops._attention_checks import Inputs, check_dropout, check_types, fail, resolve
 from interfuse.ops._attention_pool import attention_pool
 from interfuse.ops.attention import run_long
@@ -191,6 +192,12 @@ def multihead_forward(
         )
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask[:, None, None, :]
+    if same_value and not extended and not need_weights and not (module.training and module.dropout):
+        whole = _whole_call(weights, query, key, attn_mask, key_padding_mask, lengths)
+        if whole is not None and _attention_whole.fits(whole):
+            setting = _attention_whole.Setting(heads, module.batch_first, causal)
+            output = _attention_whole.run(whole, setting)
+            return output if batched else output.squeeze(axis), None
     projected = _in_projection(
         weights,
         query,
@@ -218,6 +225,29 @@ def multihead_forward(
         return output, None
     attended = attended.mean(1) if average_attn_weights else attended
     return output, attended if batched else attended.squeeze(0)
+
+
+def _whole_call(
+    weights: Weights,
+    query: Tensor,
+    context: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+) -> _attention_whole.Tensors | None:
+    if weights.in_proj is None:
+        return None
+    mask = _merged(attn_mask, key_padding_mask, query.dtype)
+    return _attention_whole.Tensors(
+        query,
+        context,
+        weights.in_proj,
+        weights.in_bias,
+        weights.out_proj,
+        weights.out_bias,
+        mask,
+        lengths,
+    )
 
 
 def what_is_wrong(

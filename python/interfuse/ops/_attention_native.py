@@ -90,6 +90,31 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def forward_into(
+    problem: AttentionProblem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """Writes y, and lse where the problem saves it; y's last axis is dense."""
+    q, k, v, mask = _rows(q), _rows(k), _rows(v), _mask_rows(problem, mask)
+    q_lengths, kv_lengths = _int64(q_lengths), _int64(kv_lengths)
+    _native.attention_forward(
+        _desc(problem, q, k, v, y, mask, None, None, None),
+        [pointer(t) for t in (q, k, v, mask, q_lengths, kv_lengths)],
+        y.data_ptr(),
+        lse.data_ptr() if problem.save else 0,
+        pointer(weights),
+        torch.get_num_threads(),
+    )
+
+
 def run(
     problem: AttentionProblem,
     q: Tensor,
@@ -99,18 +124,42 @@ def run(
     q_lengths: Tensor | None,
     kv_lengths: Tensor | None,
 ) -> Three:
-    y, lse, weights = empty_outputs(problem, q)
+    outputs = y, lse, weights = empty_outputs(problem, q)
+    asked = weights if problem.weights else None
+    forward_into(problem, q, k, v, mask, q_lengths, kv_lengths, y, lse, asked)
+    return outputs
+
+
+def backward_into(
+    problem: AttentionProblem,
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    grads: Three,
+) -> None:
+    """Writes the gradients of q, k and v, whose last axes are dense."""
     q, k, v, mask = _rows(q), _rows(k), _rows(v), _mask_rows(problem, mask)
     q_lengths, kv_lengths = _int64(q_lengths), _int64(kv_lengths)
-    _native.attention_forward(
-        _desc(problem, q, k, v, y, mask, None, None, None),
+    lse = lse.contiguous()
+    if grad_y.stride() != y.stride() or y.stride(-1) != 1:
+        grad_y, y = grad_y.contiguous(), y.contiguous()
+    _native.attention_backward(
+        _desc(problem, q, k, v, y, mask, *grads),
         [pointer(t) for t in (q, k, v, mask, q_lengths, kv_lengths)],
         y.data_ptr(),
-        lse.data_ptr() if problem.save else 0,
-        weights.data_ptr() if problem.weights else 0,
+        lse.data_ptr(),
+        grad_y.data_ptr(),
+        grads[0].data_ptr(),
+        grads[1].data_ptr(),
+        grads[2].data_ptr(),
         torch.get_num_threads(),
     )
-    return y, lse, weights
 
 
 def run_backward(
@@ -128,21 +177,5 @@ def run_backward(
     wanted: Sequence[bool],
 ) -> Three:
     grads = empty_gradients(q, k, v)
-    q, k, v, mask = _rows(q), _rows(k), _rows(v), _mask_rows(problem, mask)
-    q_lengths, kv_lengths = _int64(q_lengths), _int64(kv_lengths)
-    lse = lse.contiguous()
-    if grad_y.stride() != y.stride() or y.stride(-1) != 1:
-        grad_y, y = grad_y.contiguous(), y.contiguous()
-    grad_q, grad_k, grad_v = grads
-    _native.attention_backward(
-        _desc(problem, q, k, v, y, mask, *grads),
-        [pointer(t) for t in (q, k, v, mask, q_lengths, kv_lengths)],
-        y.data_ptr(),
-        lse.data_ptr(),
-        grad_y.data_ptr(),
-        grad_q.data_ptr(),
-        grad_k.data_ptr(),
-        grad_v.data_ptr(),
-        torch.get_num_threads(),
-    )
+    backward_into(problem, grad_y, q, k, v, mask, q_lengths, kv_lengths, y, lse, grads)
     return grads

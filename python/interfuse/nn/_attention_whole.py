@@ -1,0 +1,252 @@
+"""A whole cross-attention, from its projections to the output's, as one step of autograd.
+
+What torch would do between the products costs as much as the attention where sequences are short: gradients
+of keys and values are joined by a copy, gradients of a weight's rows are padded with zeros and added up, and
+every value between comes from memory that is new to the process. Here keys and values are one matrix and so
+are their gradients, weights' gradients are written where they belong, and what nobody sees outside stays in
+memory that is kept. In eager calls on the CPU; everything else goes through the registered op.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from interfuse.ops import _attention_native as native
+from interfuse.ops._attention_checks import Inputs, op_problem
+from interfuse.ops._attention_problem import AttentionParams
+from interfuse.ops.attention import run_long
+from interfuse.torch_state import is_plain_eager
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interfuse.ops._attention_problem import AttentionProblem
+
+MOST_KEPT = 1 << 24  # elements of one thread's memory between calls: 64 MiB
+_TYPES = (Tensor, nn.Parameter)
+
+
+class Setting(NamedTuple):
+    """What a call is made of beside its tensors."""
+
+    heads: int
+    batch_first: bool
+    causal: bool
+
+
+class Tensors(NamedTuple):
+    """What a call takes. `context` gives keys and values; in_proj has the rows of q, k and v."""
+
+    query: Tensor
+    context: Tensor
+    in_proj: Tensor
+    in_bias: Tensor | None
+    out_proj: Tensor
+    out_bias: Tensor | None
+    mask: Tensor | None  # as the op takes it
+    lengths: Tensor | None  # of the context
+
+
+def fits(tensors: Tensors) -> bool:
+    """Whether the call is one that this file makes; the op and torch's products make all others."""
+    if torch.compiler.is_compiling() or not is_plain_eager():
+        return False
+    for t in tensors[:6]:
+        if t is None:
+            continue
+        if type(t) not in _TYPES or t.dtype != torch.float32 or not t.is_cpu or t.is_neg():
+            return False
+    mask = tensors.mask
+    if mask is not None and (type(mask) is not Tensor or (mask.requires_grad and torch.is_grad_enabled())):
+        return False
+    return tensors.query.numel() > 0 and tensors.context.numel() > 0
+
+
+def run(tensors: Tensors, setting: Setting) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:6]):
+        found: Tensor = _Whole.apply(setting, *tensors)  # type: ignore[no-untyped-call]
+        return found
+    return _forward(tensors, setting, save=False)[0]
+
+
+class _Kept(threading.local):
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _kept_memory(*shapes: tuple[int, int]) -> list[Tensor]:
+    """Matrices in memory that this thread keeps from call to call; they must not outlive the call."""
+    sizes = [-(-rows * columns // 16) * 16 for rows, columns in shapes]
+    total = sum(sizes)
+    memory = _kept.memory
+    if memory is None or memory.numel() < total:
+        memory = torch.empty(total)
+        _kept.memory = memory if total <= MOST_KEPT else None
+    found, at = [], 0
+    for (rows, columns), size in zip(shapes, sizes, strict=True):
+        found.append(memory.as_strided((rows, columns), (columns, 1), at))
+        at += size
+    return found
+
+
+class _Views(NamedTuple):
+    """Heads of projections, as the op has them: (batch, heads, length, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _heads(t: Tensor, batch: int, setting: Setting, count: int) -> Sequence[Tensor]:
+    """A matrix (tokens, count * width) as `count` tensors of heads."""
+    rows, wide = t.shape
+    length, size = rows // batch, wide // count // setting.heads
+    outer, row = (length * wide, wide) if setting.batch_first else (wide, batch * wide)
+    shape, strides = (batch, setting.heads, length, size), (outer, size, row, 1)
+    at = t.storage_offset()
+    return [t.as_strided(shape, strides, at + i * (wide // count)) for i in range(count)]
+
+
+def _views(q: Tensor, kv: Tensor, batch: int, setting: Setting) -> _Views:
+    return _Views(_heads(q, batch, setting, 1)[0], *_heads(kv, batch, setting, 2))
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _real(tensors: Tensors, setting: Setting) -> list[slice] | None:
+    """The rows of the context that are real, where leaving the others out pays; None: all."""
+    if tensors.lengths is None or not setting.batch_first:
+        return None
+    batch, length = tensors.context.shape[:2]
+    counts = tensors.lengths.tolist()
+    if 5 * sum(counts) > 4 * batch * length:  # one large product is worth a few rows too many
+        return None
+    return [slice(b * length, b * length + count) for b, count in enumerate(counts)]
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _problem(views: _Views, tensors: Tensors, setting: Setting, save: bool) -> AttentionProblem:
+    params = AttentionParams(setting.causal, views.q.shape[-1] ** -0.5)
+    return op_problem(Inputs(*views, tensors.mask, None, tensors.lengths), params, False, save)
+
+
+def _forward(tensors: Tensors, setting: Setting, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and q, keys beside values, the attention's result and its sums; those only if `save`."""
+    with torch.no_grad():
+        query, context, in_proj, in_bias, out_proj, out_bias = tensors[:6]
+        width, batch = query.shape[-1], query.shape[0 if setting.batch_first else 1]
+        x, c = _rows(query), _rows(context)
+        shapes = ((x.shape[0], width), (c.shape[0], 2 * width), (x.shape[0], width))
+        q, kv, y = (torch.empty(s) for s in shapes) if save else _kept_memory(*shapes)
+        q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
+        _project(x, in_proj[:width], q_bias, q)
+        for rows in _real(tensors, setting) or [slice(None)]:
+            _project(c[rows], in_proj[width:], kv_bias, kv[rows])
+        views = _views(q, kv, batch, setting)
+        problem = _problem(views, tensors, setting, save)
+        lse = torch.empty(problem.row_shape if save else (0,))
+        into = _heads(y, batch, setting, 1)[0]
+        native.forward_into(problem, *views, tensors.mask, None, tensors.lengths, into, lse, None)
+        output = torch.empty(x.shape[0], out_proj.shape[0])
+        _project(y, out_proj, out_bias, output)
+        return output.view(*query.shape[:-1], -1), q, kv, y, lse
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
+        given = Tensors(*tensors)  # type: ignore[arg-type]
+        output, *saved = _forward(given, setting, save=True)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.setting = setting
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, saved = Tensors(*ctx.saved_tensors[:8]), ctx.saved_tensors[8:]
+        wanted = ctx.needs_input_grad[1:7]
+        if torch.is_grad_enabled():  # create_graph
+            grads = _differentiable(tensors, ctx.setting, grad, wanted)
+        else:
+            grads = _backward(tensors, ctx.setting, grad, wanted, *saved)
+        return (None, *grads, None, None)
+
+
+def _backward(
+    tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool], q: Tensor, kv: Tensor,
+    y: Tensor, lse: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    query, context, in_proj, in_bias, out_proj, _ = tensors[:6]
+    width, batch = query.shape[-1], query.shape[0 if setting.batch_first else 1]
+    x, c, g = _rows(query), _rows(context), _rows(grad).contiguous()
+    found: list[Tensor | None] = [None] * 6
+    if wanted[4]:
+        found[4] = g.t().mm(y)
+    if wanted[5]:
+        found[5] = g.sum(0)
+    if not any(wanted[:4]):
+        return found
+    grad_y, grad_q, grad_kv = _kept_memory(y.shape, q.shape, kv.shape)  # type: ignore[arg-type]
+    torch.mm(g, out_proj, out=grad_y)
+    views = _views(q, kv, batch, setting)
+    problem = _problem(views, tensors, setting, True)
+    heads = [_heads(t, batch, setting, 1)[0] for t in (grad_y, y)]
+    grads = _views(grad_q, grad_kv, batch, setting)
+    native.backward_into(problem, heads[0], *views, tensors.mask, None, tensors.lengths, heads[1], lse, grads)
+    real = _real(tensors, setting) or [slice(None)]
+    whole = real == [slice(None)]
+    if wanted[0]:
+        found[0] = grad_q.mm(in_proj[:width]).view_as(query)
+    if wanted[1]:
+        into = torch.empty(c.shape) if whole else torch.zeros(c.shape)
+        for rows in real:
+            torch.mm(grad_kv[rows], in_proj[width:], out=into[rows])
+        found[1] = into.view_as(context)
+    if wanted[2]:
+        weight = torch.empty_like(in_proj)
+        torch.mm(grad_q.t(), x, out=weight[:width])
+        for i, rows in enumerate(real):
+            torch.addmm(weight[width:], grad_kv[rows].t(), c[rows], beta=min(i, 1), out=weight[width:])
+        found[2] = weight
+    if wanted[3] and in_bias is not None:
+        bias = torch.empty_like(in_bias)
+        torch.sum(grad_q, 0, out=bias[:width])
+        torch.sum(grad_kv, 0, out=bias[width:])  # the kernel writes zeros where the context is padding
+        found[3] = bias
+    return found
+
+
+def _differentiable(
+    tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same gradients by ops that have derivatives of their own."""
+    # Views, because one tensor may stand in two places, whose gradients are asked for apart.
+    apart: list[Any] = [None if t is None else t.view_as(t) for t in tensors[:6]]
+    query, context, in_proj, in_bias, out_proj, out_bias = apart
+    batch, width = query.shape[0 if setting.batch_first else 1], query.shape[-1]
+    q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
+    q = F.linear(_rows(query), in_proj[:width], q_bias)
+    kv = F.linear(_rows(context), in_proj[width:], kv_bias)
+    views = _views(q, kv, batch, setting)
+    params = AttentionParams(setting.causal, views.q.shape[-1] ** -0.5)
+    y, _ = run_long(Inputs(*views, tensors.mask, None, tensors.lengths), params, 0.0, False)
+    order = (0, 2, 1, 3) if setting.batch_first else (2, 0, 1, 3)
+    output = F.linear(y.permute(order).flatten(2), out_proj, out_bias)
+    leaves = [t for t, yes in zip(apart, wanted, strict=True) if yes and t is not None]
+    grads = iter(torch.autograd.grad(output, leaves, grad, create_graph=True))
+    return [next(grads) if yes else None for yes in wanted]
