@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LOG2E = 1.4426950408889634
 WIDEST = 256  # of a head: the tiles hold whole rows
+# That a thread may have: the assembler would otherwise spill some, so that more programs fit at a time.
+MOST_REGISTERS = 255
 
 
 def arithmetic(problem: AttentionProblem) -> str:
@@ -37,12 +39,13 @@ def tile(problem: AttentionProblem, backward: bool) -> Tile:
         # Products on the vector units: operands and results all stand in registers.
         side = 32 if widest <= 64 else 16
         return Tile(side, side, widest, 8 if widest > 64 else 4, 1)
+    row_bytes = widest * (4 if problem.dtype == torch.float32 else 2)
     if backward:
-        side = 64 if widest <= 64 else 32
-        return Tile(side, side, widest, 8 if widest > 128 else 4, 1 if widest > 64 else 2)
-    if widest <= 64:
+        side = 64 if row_bytes <= 128 else 32 if row_bytes <= 512 else 16
+        return Tile(side, side, widest, 8, 2 if row_bytes <= 128 else 1)
+    if row_bytes <= 128:
         return Tile(64 if problem.queries <= 64 else 128, 64, widest, 4 if problem.queries <= 64 else 8, 2)
-    return Tile(64, 32, widest, 8 if widest > 128 else 4, 2 if widest <= 128 else 1)
+    return Tile(64 if row_bytes <= 512 else 32, 32, widest, 8, 2 if row_bytes <= 256 else 1)
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -71,6 +74,12 @@ def _sizes(problem: AttentionProblem) -> dict[str, int | float]:
             "queries": p.queries, "keys": p.keys}  # fmt: skip
 
 
+def _launch(
+    kernel: Any, programs: int, args: dict[str, Any], constants: dict[str, Any], chosen: Tile
+) -> Launch:
+    return Launch(kernel, programs, args, constants, chosen.warps, chosen.stages, MOST_REGISTERS)
+
+
 def forward(
     problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     q_lengths: Tensor | None, kv_lengths: Tensor | None, y: Tensor, lse: Tensor | None,
@@ -79,7 +88,7 @@ def forward(
     args = {"q": q, "k": k, "v": v, "mask": mask, "q_lengths": q_lengths, "kv_lengths": kv_lengths, "y": y,
             "lse": lse, **_sizes(p), **_strides(q=q, k=k, v=v, y=y, mask=mask)}  # fmt: skip
     programs = p.batch * p.heads * triton.cdiv(p.queries, chosen.rows)
-    return Launch(kernels.forward, programs, args, _constants(p, chosen), chosen.warps, chosen.stages)
+    return _launch(kernels.forward, programs, args, _constants(p, chosen), chosen)
 
 
 def probabilities(
@@ -92,7 +101,7 @@ def probabilities(
     constants = _constants(p, chosen)
     del constants["VALUE_DIM"], constants["UNITS"]
     programs = p.batch * p.heads * triton.cdiv(p.queries, chosen.rows) * triton.cdiv(p.keys, chosen.cols)
-    return Launch(kernels.probabilities, programs, args, constants, chosen.warps, chosen.stages)
+    return _launch(kernels.probabilities, programs, args, constants, chosen)
 
 
 def row_sums(
@@ -116,8 +125,7 @@ def backward_queries(
             "natural": p.params.scale,
             **_strides(q=q, k=k, v=v, g=grad_y, out=grad_q, mask=mask)}  # fmt: skip
     programs = p.batch * p.heads * triton.cdiv(p.queries, chosen.rows)
-    constants = _constants(p, chosen)
-    return Launch(kernels.backward_queries, programs, args, constants, chosen.warps, chosen.stages)
+    return _launch(kernels.backward_queries, programs, args, _constants(p, chosen), chosen)
 
 
 def backward_keys(
@@ -131,5 +139,4 @@ def backward_keys(
             "natural": p.params.scale,
             **_strides(q=q, k=k, v=v, g=grad_y, gk=grad_k, gv=grad_v, mask=mask)}  # fmt: skip
     programs = p.batch * p.kv_heads * triton.cdiv(p.keys, chosen.cols)
-    constants = _constants(p, chosen)
-    return Launch(kernels.backward_keys, programs, args, constants, chosen.warps, chosen.stages)
+    return _launch(kernels.backward_keys, programs, args, _constants(p, chosen), chosen)

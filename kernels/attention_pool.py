@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from interfuse.kernels.activations import tanh
 from interfuse.kernels.attention_kernels import length_of
+from interfuse.kernels.attention_launches import MOST_REGISTERS
 from interfuse.kernels.launch import Launch, device_why_not, on_device_of, power_of_two
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def grad_hidden_launch(
     args = {"hidden": hidden, "context": context, "lengths": lengths, "slopes": slopes,
             "grad_hidden": grad_hidden, "grad_context": grad_context, "steps": p.steps, "size": p.hidden,
             "h_batch": hidden.stride(0), "h_step": hidden.stride(1)}  # fmt: skip
-    return Launch(pool_grad_hidden, p.batch * triton.cdiv(p.hidden, blocks["COLS"]), args, blocks)
+    programs = p.batch * triton.cdiv(p.hidden, blocks["COLS"])
+    return Launch(pool_grad_hidden, programs, args, blocks, registers=MOST_REGISTERS)
 
 
 def dense_rows(t: Tensor) -> Tensor:
