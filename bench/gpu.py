@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from interfuse.bench.peers import Workload
 
-OPS = ("conv_pool", "rnn", "attention")
+OPS = ("conv_pool", "linear", "rnn", "attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDS = 5
 WRONG = {

@@ -380,7 +380,12 @@ def test_the_gpu_table_names_what_was_not_timed() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("op", "case"),
-    [("conv_pool", "small-32"), ("rnn", "audio-b1@tiny"), ("attention", "q512-kv2048-b2-ragged@tiny")],
+    [
+        ("conv_pool", "small-32"),
+        ("linear", "head-b1@tiny"),
+        ("rnn", "audio-b1@tiny"),
+        ("attention", "q512-kv2048-b2-ragged@tiny"),
+    ],
 )
 def test_the_gpu_benchmark_times_a_case(tmp_path: pathlib.Path, op: str, case: str) -> None:
     assert gpu.main(["--op", op, "--case", case, "--out", str(tmp_path)]) == 0
