@@ -15,13 +15,15 @@ void fill(const char* name, const Sizes& from, int spatial, int64_t* to) {
 class ConvPoolDesc {
  public:
   ConvPoolDesc(int spatial, const std::string& dtype, bool channels_last, bool weight_channels_last, int64_t batch,
-               int64_t in_channels, int64_t out_channels, int64_t groups, const Sizes& input, const Sizes& kernel, const Sizes& stride,
-               const Sizes& padding, const Sizes& dilation, const Sizes& x_strides, const std::string& activation,
-               double negative_slope, const std::string& pool, const Sizes& pool_size, const Sizes& pool_stride,
-               const Sizes& pool_padding, bool ceil_mode, bool count_include_pad, const std::string& precision, bool save)
+               int64_t in_channels, int64_t out_channels, int64_t groups, const Sizes& input, const Sizes& kernel,
+               const Sizes& stride, const Sizes& padding, const Sizes& dilation, const Sizes& x_strides,
+               const std::string& activation, double negative_slope, const std::string& pool, const Sizes& pool_size,
+               const Sizes& pool_stride, const Sizes& pool_padding, bool ceil_mode, bool count_include_pad,
+               const std::string& precision, bool save)
       : spatial_(spatial) {
     if (spatial < 1 || spatial > 3)
-      throw py::value_error("conv_pool: spatial is " + std::to_string(spatial) + "; 1, 2 and 3 dimensions are supported.");
+      throw py::value_error("conv_pool: spatial is " + std::to_string(spatial) +
+                            "; 1, 2 and 3 dimensions are supported.");
     if (static_cast<int>(padding.size()) != 2 * spatial)
       throw py::value_error("conv_pool: padding has " + std::to_string(padding.size()) + " entries; " +
                             std::to_string(2 * spatial) + " are needed, (low, high) per spatial dimension.");
@@ -108,8 +110,12 @@ class ConvPoolCall {
   ConvPoolCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
                const py::object& x, const py::object& weight, const py::object& bias, const py::tuple& size,
                const py::tuple& strides)
-      : like_(exchange, watchers, types), held_(desc), size_(size), strides_(strides),
-        desc_(desc.cast<const ConvPoolDesc&>()), expected_{like_.describe(x), like_.describe(weight), like_.describe(bias)} {}
+      : like_(exchange, watchers, types),
+        held_(desc),
+        size_(size),
+        strides_(strides),
+        desc_(desc.cast<const ConvPoolDesc&>()),
+        expected_{like_.describe(x), like_.describe(weight), like_.describe(bias)} {}
 
   PyObject* run(PyObject* const* args, int threads) const {
     void *data[3], *to;
@@ -147,13 +153,14 @@ void conv_pool(py::module_& m) {
   py::class_<ConvPoolDesc>(m, "ConvPoolDesc")
       .def(py::init<int, const std::string&, bool, bool, int64_t, int64_t, int64_t, int64_t, const Sizes&, const Sizes&,
                     const Sizes&, const Sizes&, const Sizes&, const Sizes&, const std::string&, double,
-                    const std::string&, const Sizes&, const Sizes&, const Sizes&, bool, bool, const std::string&, bool>(),
+                    const std::string&, const Sizes&, const Sizes&, const Sizes&, bool, bool, const std::string&,
+                    bool>(),
            py::arg("spatial"), py::arg("dtype"), py::arg("channels_last"), py::arg("weight_channels_last"),
-           py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"), py::arg("input"), py::arg("kernel"), py::arg("stride"),
-           py::arg("padding"), py::arg("dilation"), py::arg("x_strides"), py::arg("activation"),
-           py::arg("negative_slope"), py::arg("pool"), py::arg("pool_size"), py::arg("pool_stride"),
-           py::arg("pool_padding"), py::arg("ceil_mode"), py::arg("count_include_pad"), py::arg("precision"),
-           py::arg("save"))
+           py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"), py::arg("groups"), py::arg("input"),
+           py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("x_strides"),
+           py::arg("activation"), py::arg("negative_slope"), py::arg("pool"), py::arg("pool_size"),
+           py::arg("pool_stride"), py::arg("pool_padding"), py::arg("ceil_mode"), py::arg("count_include_pad"),
+           py::arg("precision"), py::arg("save"))
       .def_property_readonly("conv_sizes", &ConvPoolDesc::conv_sizes)
       .def_property_readonly("out_sizes", &ConvPoolDesc::out_sizes)
       .def_property_readonly("algorithm", [](const ConvPoolDesc& d) { return interfuse_conv_pool_algorithm(d.plan()); })

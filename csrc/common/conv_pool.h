@@ -10,8 +10,8 @@
 
 namespace interfuse {
 
-// Always inlined: the per-ISA files include this, and a copy compiled for a newer machine must not be linked in place of
-// an older one's. constexpr lets nvcc call them on the device.
+// Always inlined: the per-ISA files include this, and a copy compiled for a newer machine must not be linked in place
+// of an older one's. constexpr lets nvcc call them on the device.
 #define INTERFUSE_PLAIN __attribute__((always_inline)) constexpr
 
 struct Triple {

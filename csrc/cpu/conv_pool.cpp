@@ -12,7 +12,8 @@ constexpr double kWorkPerThread = 1e6;  // multiply-adds worth waking a thread f
 
 // A 1x1 convolution without pooling sees a row of pixels, whatever their shape was.
 void merge_axes(ConvPool& p) {
-  const bool pointwise = p.kernel.volume() == 1 && p.stride.volume() == 1 && p.pool == INTERFUSE_POOL_NONE && !padded(p);
+  const bool pointwise =
+      p.kernel.volume() == 1 && p.stride.volume() == 1 && p.pool == INTERFUSE_POOL_NONE && !padded(p);
   if (!pointwise) return;
   if (p.xs.h != p.in.w * p.xs.w && p.in.h > 1) return;
   if (p.xs.d != p.in.h * p.in.w * p.xs.w && p.in.d > 1) return;
@@ -23,7 +24,8 @@ void merge_axes(ConvPool& p) {
 
 // Where every image gives one pixel, the images are the pixels of a row. Dense y then looks channels-last.
 bool merge_images(ConvPool& p) {
-  if (p.conv.volume() != 1 || p.pool != INTERFUSE_POOL_NONE || padded(p) || p.dtype != INTERFUSE_FLOAT32 || p.batch == 1)
+  if (p.conv.volume() != 1 || p.pool != INTERFUSE_POOL_NONE || padded(p) || p.dtype != INTERFUSE_FLOAT32 ||
+      p.batch == 1)
     return false;
   p.conv.w = p.out.w = p.batch;
   p.batch = 1;

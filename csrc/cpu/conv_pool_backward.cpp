@@ -31,11 +31,12 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void set(int64_t to[3], const Triple& t) { to[0] = t.d, to[1] = t.h, to[2] = t.w; }
 
-// Patches of x that are a few vectors long, and enough output channels that share one: building it must pay. Windows lie
-// side by side, so that each pixel is in one at most.
+// Patches of x that are a few vectors long, and enough output channels that share one: building it must pay. Windows
+// lie side by side, so that each pixel is in one at most.
 bool takes_patches(const ConvPool& p) {
-  const bool side_by_side = p.window_stride.d == p.window.d && p.window_stride.h == p.window.h && p.window_stride.w == p.window.w &&
-                            p.window_pad.d == 0 && p.window_pad.h == 0 && p.window_pad.w == 0;
+  const bool side_by_side = p.window_stride.d == p.window.d && p.window_stride.h == p.window.h &&
+                            p.window_stride.w == p.window.w && p.window_pad.d == 0 && p.window_pad.h == 0 &&
+                            p.window_pad.w == 0;
   return side_by_side && p.groups == 1 && 2 * p.group_in <= kLanes && p.group_out >= 16 &&
          p.group_in * p.kernel.volume() <= kMostPatchVectors * kLanes;
 }
@@ -47,7 +48,8 @@ Method choose_method(const ConvPool& p) {
   const bool sparse = p.pool == INTERFUSE_POOL_MAX && 3 * p.out.volume() <= p.conv.volume();
   const int64_t vectors = divide_up(p.group_in, kLanes);
   if (sparse && takes_patches(p)) return Method::patches;
-  if (sparse) return 5 * p.group_in * p.conv.volume() < 6 * vectors * kLanes * p.out.volume() ? Method::planes : Method::sparse;
+  if (sparse)
+    return 5 * p.group_in * p.conv.volume() < 6 * vectors * kLanes * p.out.volume() ? Method::planes : Method::sparse;
   return 2 * p.group_in <= vectors * kLanes ? Method::planes : Method::dense;
 }
 
@@ -90,8 +92,10 @@ void choose_strip(BackwardPlan& plan, int64_t images, int64_t pixels) {
 }
 
 // What every method needs to know; its parts are `window` large.
-void set_windows(BackwardPlan& plan, const Triple& count, const Triple& window, const Triple& window_stride, const Triple& window_pad) {
-  set(plan.count, count), set(plan.window, window), set(plan.window_stride, window_stride), set(plan.window_pad, window_pad);
+void set_windows(BackwardPlan& plan, const Triple& count, const Triple& window, const Triple& window_stride,
+                 const Triple& window_pad) {
+  set(plan.count, count), set(plan.window, window), set(plan.window_stride, window_stride),
+      set(plan.window_pad, window_pad);
   plan.axis = plan.count[1] > 1 ? 1 : plan.count[0] > plan.count[2] ? 0 : 2;
 }
 
@@ -103,16 +107,21 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   const bool sparse = method == Method::sparse, planes = method == Method::planes, patches = method == Method::patches;
   set(plan.in, p.in), set(plan.conv, p.conv), set(plan.kernel, p.kernel);
   set(plan.stride, p.stride), set(plan.dilation, p.dilation), set(plan.pad, p.pad_lo);
-  plan.uncovered_columns = p.window_stride.w > p.window.w || (p.out.w - 1) * p.window_stride.w - p.window_pad.w + p.window.w < p.conv.w;
+  plan.uncovered_columns =
+      p.window_stride.w > p.window.w || (p.out.w - 1) * p.window_stride.w - p.window_pad.w + p.window.w < p.conv.w;
   plan.taps = p.kernel.volume();
   plan.unit_groups = planes ? least(most(kLanes / most(p.group_in, p.group_out), 1), p.groups) : 1;
   plan.units = divide_up(p.groups, plan.unit_groups);
   const Triple one{1, 1, 1}, none{0, 0, 0};
   if (method == Method::winograd) {
     const Triple tile{winograd_depth_tile(p), 4, 4};
-    const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t size) { return divide_up(least(conv, out * window), size); };
+    const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t size) {
+      return divide_up(least(conv, out * window), size);
+    };
     // With pooling, pixels behind the last window have no gradient.
-    set_windows(plan, {tiles(p.conv.d, p.out.d, p.window.d, tile.d), tiles(p.conv.h, p.out.h, p.window.h, 4), tiles(p.conv.w, p.out.w, p.window.w, 4)},
+    set_windows(plan,
+                {tiles(p.conv.d, p.out.d, p.window.d, tile.d), tiles(p.conv.h, p.out.h, p.window.h, 4),
+                 tiles(p.conv.w, p.out.w, p.window.w, 4)},
                 tile, tile, none);
     plan.depth_points = p.kernel.d == 1 ? 1 : static_cast<int>(tile.d) + 2;
     plan.chunks = 1;
@@ -131,7 +140,8 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   } else if (patches) {
     plan.patch = divide_up(p.group_in * plan.taps, kLanes) * kLanes;
     set_windows(plan, p.out, p.window, p.window_stride, none);
-    choose_strip(plan, p.batch, most(kPlanesFloats / (p.group_in * p.stride.volume() * p.window.volume()), kLeastWindows));
+    choose_strip(plan, p.batch,
+                 most(kPlanesFloats / (p.group_in * p.stride.volume() * p.window.volume()), kLeastWindows));
   } else {
     set_windows(plan, p.conv, one, one, none);
     const int64_t channels = plan.unit_groups * (p.group_out + (planes ? p.group_in : 0));
@@ -140,10 +150,11 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   return plan;
 }
 
-// Where a pixel lies in a strip takes 32 bits: of bytes in the sparse lists, of floats in the dense ones. The strip of a very
-// large tensor, whole along two axes, may not fit; planes count in 64.
+// Where a pixel lies in a strip takes 32 bits: of bytes in the sparse lists, of floats in the dense ones. The strip of
+// a very large tensor, whole along two axes, may not fit; planes count in 64.
 bool offsets_fit(const BackwardPlan& plan) {
-  if (plan.method == Method::sparse) return largest_strip_floats(plan) <= INT32_MAX / static_cast<int64_t>(sizeof(float));
+  if (plan.method == Method::sparse)
+    return largest_strip_floats(plan) <= INT32_MAX / static_cast<int64_t>(sizeof(float));
   return plan.method != Method::dense || largest_strip_floats(plan) <= INT32_MAX;
 }
 
@@ -194,7 +205,8 @@ void run_plan(BackwardPlan& plan) {
   if (a.grad_x) plan.packed_weight = scratch_floats(Slot::pack, weights);
   if (a.grad_weight) plan.grad_weight = scratch_floats(Slot::weight, parts * weights);
   if (a.grad_bias) {
-    plan.grad_bias = static_cast<double*>(scratch(Slot::other, static_cast<size_t>(threads * p.out_channels) * sizeof(double)));
+    plan.grad_bias =
+        static_cast<double*>(scratch(Slot::other, static_cast<size_t>(threads * p.out_channels) * sizeof(double)));
     memset(plan.grad_bias, 0, static_cast<size_t>(threads * p.out_channels) * sizeof(double));
   }
   // The team may be smaller than asked for; its parts then stay zero.
@@ -223,7 +235,8 @@ void run_plan(BackwardPlan& plan) {
   });
   if (a.grad_weight)
     parallel(threads, [&](int thread, int team) { store_weight_gradient(plan, parts, thread, team); });
-  if (a.grad_bias) p.dtype == INTERFUSE_FLOAT32 ? store_bias<float>(plan, threads) : store_bias<uint16_t>(plan, threads);
+  if (a.grad_bias)
+    p.dtype == INTERFUSE_FLOAT32 ? store_bias<float>(plan, threads) : store_bias<uint16_t>(plan, threads);
 }
 
 }  // namespace
@@ -238,8 +251,8 @@ void conv_pool_backward(const ConvPool& p, const ConvPoolBackward& a) {
   uint8_t broken = 0;
   plan.broken = &broken;
   run_plan(plan);
-  // A NaN or an infinity spreads over its whole Winograd tile, and large values overflow in the transforms. Whatever is not
-  // finite reaches a result, and the other methods do it all again as torch would.
+  // A NaN or an infinity spreads over its whole Winograd tile, and large values overflow in the transforms. Whatever is
+  // not finite reaches a result, and the other methods do it all again as torch would.
   if (!broken) return;
   plan = make_direct_plan(p, a);
   run_plan(plan);

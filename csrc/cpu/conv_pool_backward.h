@@ -45,8 +45,8 @@ struct BackwardPlan {
   // sparse [group][chunk][k][tap][lane], dense [group][chunk][tap][k][lane], planes [group][tap][k][c],
   // patches [k][place in the patch], winograd [group][point][panel of c][k][c of the panel]
   float* packed_weight;
-  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane], winograd [part][group][point][k][c],
-  // patches [part][k][place in the patch]; parts and planes' lanes are summed at the end.
+  // [part][group][chunk][k][tap][lane], planes [part][group][k][c][tap][vector lane], winograd
+  // [part][group][point][k][c], patches [part][k][place in the patch]; parts and planes' lanes are summed at the end.
   float* grad_weight;
   double* grad_bias;                      // [part][channel]
   uint8_t* broken;                        // winograd: set where a gradient came out that is not finite
@@ -106,8 +106,9 @@ void store_weight_gradient(const BackwardPlan&, int parts, int thread, int threa
 
 // ---- conv_pool_backward_lists.cpp, _sparse.cpp: only the winners of max pooling ------------------------------------
 
-// The nonzero gradients of a strip by tile and output channel: where in the strip's buffers the first kernel tap of each
-// one's pixel lies, in bytes, and its value. List (tile, channel) has `capacity` places, counts[tile][channel] are taken.
+// The nonzero gradients of a strip by tile and output channel: where in the strip's buffers the first kernel tap of
+// each one's pixel lies, in bytes, and its value. List (tile, channel) has `capacity` places, counts[tile][channel] are
+// taken.
 struct SparseLists {
   int64_t tiles[3], tile_count, channels, capacity;
   int32_t* counts;
@@ -128,14 +129,15 @@ void sparse_input_gradient(const BackwardPlan&, const Strip&, const SparseLists&
 // 8 (4) fill half of 32 (16) registers, enough to hide the latency of a fused multiply-add.
 constexpr int kBlock = kRegisters == 32 ? 8 : 4;
 
-// gradient[k block][pixel][kBlock] for output channels first.. of the tensor; pixels in (image, d, h, w) order. `row` is
-// working space.
-void dense_gradients(const BackwardPlan&, const Strip&, int64_t first_channel, int64_t channels, float* gradient, float* row);
+// gradient[k block][pixel][kBlock] for output channels first.. of the tensor; pixels in (image, d, h, w) order. `row`
+// is working space.
+void dense_gradients(const BackwardPlan&, const Strip&, int64_t first_channel, int64_t channels, float* gradient,
+                     float* row);
 // Add to one chunk's buffer. offsets: where each pixel's first kernel tap lies in the strip, in floats.
-void dense_weight_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets, int64_t pixels,
-                           int64_t k_blocks, const float* x, float* sums);
-void dense_input_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets, int64_t pixels,
-                          int64_t k_blocks, const float* weight, float* grad_x);
+void dense_weight_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets,
+                           int64_t pixels, int64_t k_blocks, const float* x, float* sums);
+void dense_input_gradient(const BackwardPlan&, const Strip&, const float* gradient, const int32_t* offsets,
+                          int64_t pixels, int64_t k_blocks, const float* weight, float* grad_x);
 
 // ---- conv_pool_backward_planes.cpp, _planes_pack.cpp: few input channels -------------------------------------------
 
@@ -149,10 +151,12 @@ struct Planes {
   int64_t gradient_floats() const { return pixels[0] * pixels[1] * gradient_row; }  // of one image
 };
 Planes planes_of(const BackwardPlan&, const Strip&, int64_t out_channels);
-void pack_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, float* to, float* row);
-void store_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, int64_t begin, int64_t end,
-                  const float* from, float* row);
-void planes_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels, float* gradient, float* row);
+void pack_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, float* to,
+                 float* row);
+void store_planes(const BackwardPlan&, const Strip&, const Planes&, int64_t channel, int64_t channels, int64_t begin,
+                  int64_t end, const float* from, float* row);
+void planes_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels,
+                      float* gradient, float* row);
 // One group's share, all from its first channel on; `channels` output channels.
 void planes_weight_gradient(const BackwardPlan&, const Strip&, const Planes&, const float* gradient, int64_t channels,
                             const float* x, float* sums);
@@ -171,8 +175,8 @@ constexpr int kMostPatchVectors = kLanes == 16 ? 4 : 8;
 
 int64_t patches_floats(const BackwardPlan&, int64_t channels);  // of the working space
 // Adds to the sums of output channels first.. and to the strip's planes of grad_x; any may be NULL.
-void patches_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels, const float* x,
-                       float* sums, float* grad_x, double* biases, float* memory);
+void patches_gradients(const BackwardPlan&, const Strip&, const Planes&, int64_t first_channel, int64_t channels,
+                       const float* x, float* sums, float* grad_x, double* biases, float* memory);
 
 // ---- conv_pool_backward_winograd.cpp, _winograd_pack.cpp: the points of Winograd's tiles ---------------------------
 
@@ -191,12 +195,14 @@ int64_t winograd_floats(const TileStrip&);  // of winograd_gradients' working sp
 void clear_spare_rows(const TileStrip&, float* memory);
 // The gradients of `run` windows side by side, whose first output is element `first`, and their winners' places in them
 // (kNoGradient or anything where relu let nothing through), as [window][k_lanes].
-void window_row(const BackwardPlan&, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, int32_t* places);
+void window_row(const BackwardPlan&, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values,
+                int32_t* places);
 // The same of every window of a strip.
-void window_gradients(const BackwardPlan&, const Strip&, const TileStrip&, int64_t first_channel, int64_t channels, float* values, int32_t* places);
+void window_gradients(const BackwardPlan&, const Strip&, const TileStrip&, int64_t first_channel, int64_t channels,
+                      float* values, int32_t* places);
 // Adds to one group's sums and to the strip's grad_x; either may be NULL.
-void winograd_gradients(const BackwardPlan&, const Strip&, const TileStrip&, const float* values, const int32_t* places, const float* x,
-                        const float* weight, float* sums, float* grad_x, float* memory);
+void winograd_gradients(const BackwardPlan&, const Strip&, const TileStrip&, const float* values, const int32_t* places,
+                        const float* x, const float* weight, float* sums, float* grad_x, float* memory);
 // Transforms the weight; transforms the weight's gradient back and says whether it is finite.
 struct TileKernel {
   void (*pack_weight)(const BackwardPlan&, int thread, int threads);

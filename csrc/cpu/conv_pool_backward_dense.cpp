@@ -1,5 +1,5 @@
-// Gradients where most of the convolution's pixels have one: blocked matrix products, kernel tap by kernel tap, straight
-// on the strip's packed buffers (nothing is copied into columns).
+// Gradients where most of the convolution's pixels have one: blocked matrix products, kernel tap by kernel tap,
+// straight on the strip's packed buffers (nothing is copied into columns).
 #include "cpu/conv_pool_backward.h"
 
 namespace interfuse {
@@ -15,7 +15,8 @@ typedef void (*InputKernel)(const float*, int64_t, const int32_t*, int64_t, cons
 
 // sums[k][lane] += gradient[pixel][k] * x[pixel][lane], for kBlock output channels and V vectors.
 template <int V>
-void weight_kernel(const float* gradient, const int32_t* offsets, int64_t pixels, const float* x, float* sums, int64_t sums_step) {
+void weight_kernel(const float* gradient, const int32_t* offsets, int64_t pixels, const float* x, float* sums,
+                   int64_t sums_step) {
   Vec s[kBlock][V] = {};
   for (int64_t i = 0; i < pixels; ++i, gradient += kBlock) {
     const float* at = x + offsets[i];
@@ -38,7 +39,8 @@ void weight_kernel(const float* gradient, const int32_t* offsets, int64_t pixels
 
 // grad_x[pixel][lane] += gradient[k][pixel] * weight[k][lane], for M pixels and all output channels of the blocks.
 template <int M, int V>
-void input_kernel(const float* gradient, int64_t block_step, const int32_t* offsets, int64_t k_blocks, const float* weight, float* grad_x) {
+void input_kernel(const float* gradient, int64_t block_step, const int32_t* offsets, int64_t k_blocks,
+                  const float* weight, float* grad_x) {
   Vec s[M][V] = {};
   for (int64_t block = 0; block < k_blocks; ++block, gradient += block_step)
     for (int k = 0; k < kBlock; ++k, weight += V * kLanes) {
@@ -66,14 +68,16 @@ constexpr InputKernel kInputKernels[kMostVectors][4] = {
 constexpr int kPixelCounts[4] = {kPixels, kPixels / 2, 2, 1};
 
 int64_t tap_offset(const BackwardPlan& plan, const Strip& strip, int64_t tap) {
-  const int64_t w = tap % plan.kernel[2], h = tap / plan.kernel[2] % plan.kernel[1], d = tap / plan.kernel[2] / plan.kernel[1];
-  return d * plan.dilation[0] * strip.step[0] + h * plan.dilation[1] * strip.step[1] + w * plan.dilation[2] * strip.step[2];
+  const int64_t w = tap % plan.kernel[2], h = tap / plan.kernel[2] % plan.kernel[1],
+                d = tap / plan.kernel[2] / plan.kernel[1];
+  return d * plan.dilation[0] * strip.step[0] + h * plan.dilation[1] * strip.step[1] +
+         w * plan.dilation[2] * strip.step[2];
 }
 
 }  // namespace
 
-void dense_weight_gradient(const BackwardPlan& plan, const Strip& strip, const float* gradient, const int32_t* offsets, int64_t pixels,
-                           int64_t k_blocks, const float* x, float* sums) {
+void dense_weight_gradient(const BackwardPlan& plan, const Strip& strip, const float* gradient, const int32_t* offsets,
+                           int64_t pixels, int64_t k_blocks, const float* x, float* sums) {
   const WeightKernel kernel = kWeightKernels[plan.lanes / kLanes - 1];
   const int64_t sums_step = plan.taps * plan.lanes;
   for (int64_t first = 0; first < pixels; first += kPixelBlock) {
@@ -85,8 +89,8 @@ void dense_weight_gradient(const BackwardPlan& plan, const Strip& strip, const f
   }
 }
 
-void dense_input_gradient(const BackwardPlan& plan, const Strip& strip, const float* gradient, const int32_t* offsets, int64_t pixels,
-                          int64_t k_blocks, const float* weight, float* grad_x) {
+void dense_input_gradient(const BackwardPlan& plan, const Strip& strip, const float* gradient, const int32_t* offsets,
+                          int64_t pixels, int64_t k_blocks, const float* weight, float* grad_x) {
   const InputKernel* kernels = kInputKernels[plan.lanes / kLanes - 1];
   for (int64_t tap = 0; tap < plan.taps; ++tap, weight += k_blocks * kBlock * plan.lanes) {
     float* to = grad_x + tap_offset(plan, strip, tap);

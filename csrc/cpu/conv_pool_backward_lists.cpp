@@ -16,13 +16,16 @@ struct Winners {
 };
 
 // Appends what has a gradient among the first n windows to a list that has room for a whole vector; returns how many.
-INTERFUSE_INLINE int32_t append(int32_t* offsets, float* values, const Winners& winners, int32_t first, IVec index, Vec gradient, int n) {
+INTERFUSE_INLINE int32_t append(int32_t* offsets, float* values, const Winners& winners, int32_t first, IVec index,
+                                Vec gradient, int n) {
 #if defined(__AVX512F__)
   const __m512i from = (__m512i)index;
-  const __mmask16 live = _mm512_mask_cmpneq_epi32_mask((__mmask16)((1u << n) - 1u), from, _mm512_set1_epi32(kNoGradient));
+  const __mmask16 live =
+      _mm512_mask_cmpneq_epi32_mask((__mmask16)((1u << n) - 1u), from, _mm512_set1_epi32(kNoGradient));
   // The masked forms: GCC 12 warns about the others' own undefined operand.
-  const __m512i winner = winners.in_table ? _mm512_maskz_permutexvar_epi32(live, from, (__m512i)winners.table)
-                                          : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, from, winners.all, 4);
+  const __m512i winner = winners.in_table
+                             ? _mm512_maskz_permutexvar_epi32(live, from, (__m512i)winners.table)
+                             : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, from, winners.all, 4);
   _mm512_storeu_si512(offsets, _mm512_maskz_compress_epi32(live, (__m512i)((IVec)winner + winners.lane + first)));
   _mm512_storeu_ps(values, _mm512_maskz_compress_ps(live, (__m512)gradient));
   return __builtin_popcount(live);
@@ -54,7 +57,8 @@ struct Lister {
     for (int64_t d = 0; d < plan.window[0]; ++d)
       for (int64_t h = 0; h < plan.window[1]; ++h)
         for (int64_t w = 0; w < plan.window[2]; ++w, ++at)
-          position[at] = bytes(d * plan.stride[0] * strip.step[0] + h * plan.stride[1] * strip.step[1] + w * plan.stride[2] * strip.step[2]);
+          position[at] = bytes(d * plan.stride[0] * strip.step[0] + h * plan.stride[1] * strip.step[1] +
+                               w * plan.stride[2] * strip.step[2]);
     winners.step = bytes(plan.window_stride[2] * plan.stride[2] * strip.step[2]);
     for (int i = 0; i < kLanes; ++i) winners.table[i] = position[i], winners.lane[i] = i * winners.step;
     winners.all = position;
@@ -63,7 +67,9 @@ struct Lister {
   static int32_t bytes(int64_t floats) { return static_cast<int32_t>(floats * static_cast<int64_t>(sizeof(float))); }
 
   // Where window (d, h, w) of the strip's image n starts: may lie before the buffer, its winners do not.
-  int32_t origin(int64_t n, int64_t d, int64_t h, int64_t w) const { return bytes(n * strip.image_step + place(0, d) + place(1, h) + place(2, w)); }
+  int32_t origin(int64_t n, int64_t d, int64_t h, int64_t w) const {
+    return bytes(n * strip.image_step + place(0, d) + place(1, h) + place(2, w));
+  }
   int64_t place(int i, int64_t window) const {
     return ((window * plan.window_stride[i] - plan.window_pad[i]) * plan.stride[i] - strip.lo[i]) * strip.step[i];
   }
@@ -73,7 +79,8 @@ struct Lister {
     for (int64_t n = 0; n < strip.images; ++n)
       for (int64_t d = begin[0]; d < end[0]; ++d)
         for (int64_t h = begin[1]; h < end[1]; ++h) {
-          int64_t tile = ((d - begin[0]) / plan.tile[0] * lists.tiles[1] + (h - begin[1]) / plan.tile[1]) * lists.tiles[2];
+          int64_t tile =
+              ((d - begin[0]) / plan.tile[0] * lists.tiles[1] + (h - begin[1]) / plan.tile[1]) * lists.tiles[2];
           for (int64_t w = begin[2]; w < end[2]; ++tile) {
             const int64_t stop = w + plan.tile[2] < end[2] ? w + plan.tile[2] : end[2];
             while (w < stop) {
@@ -95,8 +102,8 @@ void list_planes(const Lister& l, int64_t first_channel) {
     l.each_run([&](int64_t n, int64_t d, int64_t h, int64_t w, int run, int64_t tile) {
       const int64_t at = p.at(p.out, l.strip.image + n, first_channel + k, d, h, w), list = tile * lists.channels + k;
       const int64_t to = list * lists.capacity + lists.counts[list];
-      lists.counts[list] += append(lists.offsets + to, lists.values + to, l.winners, l.origin(n, d, h, w), load_index(l.plan.a->index + at, run),
-                                   gradient(at, run), run);
+      lists.counts[list] += append(lists.offsets + to, lists.values + to, l.winners, l.origin(n, d, h, w),
+                                   load_index(l.plan.a->index + at, run), gradient(at, run), run);
     });
 }
 
@@ -120,7 +127,8 @@ void list_pixels(const Lister& l, int64_t first_channel) {
       int64_t list = tile * lists.channels + k;
       for (int i = 0; i < channels; ++i, ++list) {
         const int64_t to = list * lists.capacity + lists.counts[list];
-        lists.counts[list] += append(lists.offsets + to, lists.values + to, l.winners, origin, (IVec)indices[i], values[i], run);
+        lists.counts[list] +=
+            append(lists.offsets + to, lists.values + to, l.winners, origin, (IVec)indices[i], values[i], run);
       }
     }
   });

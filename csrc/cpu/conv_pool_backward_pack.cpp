@@ -9,7 +9,8 @@ namespace {
 
 // to[pixel][lane] = from[channel][pixel], lanes beyond the channels zero.
 template <class T>
-void pixels_from_planes(const T* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes, float* to) {
+void pixels_from_planes(const T* from, int64_t channel_step, int64_t channels, int64_t pixels, int64_t lanes,
+                        float* to) {
   for (int64_t c = 0; c < lanes; c += kLanes)
     for (int64_t w = 0; w < pixels; w += kLanes) {
       Vec block[kLanes];
@@ -61,7 +62,8 @@ void pack_input_as(const BackwardPlan& plan, const Strip& strip, int64_t channel
   const int64_t w1 = most(least(plan.in[2] + plan.pad[2] - strip.lo[2], width), w0);
   for (int64_t n = strip.image; n < strip.image + strip.images; ++n)
     for (int64_t d = strip.lo[0] - plan.pad[0]; d < strip.lo[0] - plan.pad[0] + strip.size[0]; ++d)
-      for (int64_t h = strip.lo[1] - plan.pad[1]; h < strip.lo[1] - plan.pad[1] + strip.size[1]; ++h, to += width * lanes) {
+      for (int64_t h = strip.lo[1] - plan.pad[1]; h < strip.lo[1] - plan.pad[1] + strip.size[1];
+           ++h, to += width * lanes) {
         const bool inside = d >= 0 && d < plan.in[0] && h >= 0 && h < plan.in[1] && w1 > w0;
         const int64_t left = inside ? w0 : width, right = inside ? width - w1 : 0;
         memset(to, 0, static_cast<size_t>(left * lanes) * sizeof(float));
@@ -121,7 +123,8 @@ void pack_planes_weight(const BackwardPlan& plan, int thread, int threads) {
     const T* from = static_cast<const T*>(plan.a->weight) + i * p.group_in * plan.taps;
     for (int64_t tap = 0; tap < plan.taps; ++tap)
       for (int64_t c = 0; c < p.group_in; ++c)
-        plan.packed_weight[((group * plan.taps + tap) * p.group_out + k) * p.group_in + c] = to_float(from[c * p.ws.c + tap * p.ws.tap]);
+        plan.packed_weight[((group * plan.taps + tap) * p.group_out + k) * p.group_in + c] =
+            to_float(from[c * p.ws.c + tap * p.ws.tap]);
   }
 }
 
@@ -146,9 +149,11 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
   const ConvPool& p = *plan.p;
   const Range mine = share(p.groups * plan.chunks * plan.k_padded, thread, threads);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
-    const int64_t k = i % plan.k_padded, chunk = i / plan.k_padded % plan.chunks, group = i / plan.k_padded / plan.chunks;
+    const int64_t k = i % plan.k_padded, chunk = i / plan.k_padded % plan.chunks,
+                  group = i / plan.k_padded / plan.chunks;
     const int64_t channels = least(plan.lanes, p.group_in - chunk * plan.lanes);
-    const T* from = static_cast<const T*>(plan.a->weight) + (group * p.group_out + k) * p.group_in * plan.taps + chunk * plan.lanes * p.ws.c;
+    const T* from = static_cast<const T*>(plan.a->weight) + (group * p.group_out + k) * p.group_in * plan.taps +
+                    chunk * plan.lanes * p.ws.c;
     float* base = plan.packed_weight + (group * plan.chunks + chunk) * plan.k_padded * plan.taps * plan.lanes;
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
       float* to = base + (plan.method == Method::sparse ? k * plan.taps + tap : tap * plan.k_padded + k) * plan.lanes;
@@ -212,15 +217,17 @@ void pack_input(const BackwardPlan& plan, const Strip& strip, int64_t channel, i
                                      : pack_input_as<uint16_t>(plan, strip, channel, channels, to);
 }
 
-void store_input_gradient(const BackwardPlan& plan, const Strip& strip, int64_t channel, int64_t channels, int64_t begin,
-                          int64_t end, const float* from) {
-  plan.p->dtype == INTERFUSE_FLOAT32 ? store_input_gradient_as<float>(plan, strip, channel, channels, begin, end, from)
-                                     : store_input_gradient_as<uint16_t>(plan, strip, channel, channels, begin, end, from);
+void store_input_gradient(const BackwardPlan& plan, const Strip& strip, int64_t channel, int64_t channels,
+                          int64_t begin, int64_t end, const float* from) {
+  plan.p->dtype == INTERFUSE_FLOAT32
+      ? store_input_gradient_as<float>(plan, strip, channel, channels, begin, end, from)
+      : store_input_gradient_as<uint16_t>(plan, strip, channel, channels, begin, end, from);
 }
 
 void pack_weight(const BackwardPlan& plan, int thread, int threads) {
   if (plan.method == Method::winograd) return tile_kernel(plan).pack_weight(plan, thread, threads);
-  plan.p->dtype == INTERFUSE_FLOAT32 ? pack_weight_as<float>(plan, thread, threads) : pack_weight_as<uint16_t>(plan, thread, threads);
+  plan.p->dtype == INTERFUSE_FLOAT32 ? pack_weight_as<float>(plan, thread, threads)
+                                     : pack_weight_as<uint16_t>(plan, thread, threads);
 }
 
 void store_weight_gradient(const BackwardPlan& plan, int parts, int thread, int threads) {

@@ -1,5 +1,5 @@
-// conv_pool's gradients, pixel by pixel of the convolution's result: every pooling window's gradient goes to the pixels it
-// came from, times the activation's slope there.
+// conv_pool's gradients, pixel by pixel of the convolution's result: every pooling window's gradient goes to the pixels
+// it came from, times the activation's slope there.
 #include "common/shuffle.h"
 #include "common/transpose.h"
 #include "cpu/conv_pool_backward_source.h"
@@ -36,7 +36,8 @@ void through_saved_pixels(const BackwardPlan& plan, int64_t at, int64_t count, f
   const Activation f{plan.p->activation, plan.p->slope};
   const T* saved = static_cast<const T*>(plan.a->pre) + at;
   for (int64_t i = 0; i < count; i += kLanes)
-    store_some(row + i, through_activation(f, load_some(row + i, count - i), load_some(saved + i, count - i)), count - i);
+    store_some(row + i, through_activation(f, load_some(row + i, count - i), load_some(saved + i, count - i)),
+               count - i);
 }
 
 // One row of windows adds to the row of pixels that it covers.
@@ -47,12 +48,14 @@ struct WindowRow {
   int64_t first;         // position in the window of the row's first pixel
 };
 
-void add_window(const BackwardPlan& plan, const WindowRow& from, int64_t i, int64_t window, int64_t w, int64_t run, float* row) {
+void add_window(const BackwardPlan& plan, const WindowRow& from, int64_t i, int64_t window, int64_t w, int64_t run,
+                float* row) {
   const ConvPool& p = *plan.p;
   const int64_t start = window * p.window_stride.w - p.window_pad.w - w;
   if (p.pool == INTERFUSE_POOL_MAX) {
     const int64_t column = from.index[i] - from.first, at = start + column;
-    if (from.index[i] != kNoGradient && column >= 0 && column < p.window.w && at >= 0 && at < run) row[at] += from.gradient[i];
+    if (from.index[i] != kNoGradient && column >= 0 && column < p.window.w && at >= 0 && at < run)
+      row[at] += from.gradient[i];
     return;
   }
   const float share = from.gradient[i] / window_at(p, from.d, from.h, window).divisor;
@@ -82,11 +85,13 @@ void add_pairs(const BackwardPlan& plan, const WindowRow& from, int64_t begin, i
   }
 }
 
-void add_windows(const BackwardPlan& plan, const WindowRow& from, int64_t begin, int64_t end, int64_t w, int64_t run, float* row) {
+void add_windows(const BackwardPlan& plan, const WindowRow& from, int64_t begin, int64_t end, int64_t w, int64_t run,
+                 float* row) {
   const ConvPool& p = *plan.p;
   const bool pairs = p.window.w == 2 && p.window_stride.w == 2 && p.window_pad.w == 0;
   // The first and the last window may be cut by the strip or the end of the row.
-  const int64_t whole_begin = pairs ? begin + (2 * begin < w) : end, whole_end = pairs ? end - (2 * end > w + run) : end;
+  const int64_t whole_begin = pairs ? begin + (2 * begin < w) : end,
+                whole_end = pairs ? end - (2 * end > w + run) : end;
   for (int64_t o = begin; o < least(whole_begin, end); ++o) add_window(plan, from, o - begin, o, w, run, row);
   if (whole_begin < whole_end) {
     const float divisor = p.pool == INTERFUSE_POOL_AVG ? window_at(p, from.d, from.h, whole_begin).divisor : 1.f;
@@ -122,9 +127,10 @@ void pixel_row(const BackwardPlan& plan, const PixelRow& r, int64_t k, float* ro
   for (int64_t od = r.ds.begin; od < r.ds.end; ++od)
     for (int64_t oh = r.hs.begin; oh < r.hs.end; ++oh) {
       const int64_t at = p.at(p.out, r.n, k, od, oh, r.ws.begin);
-      const int64_t in_d = r.d - od * p.window_stride.d + p.window_pad.d, in_h = r.h - oh * p.window_stride.h + p.window_pad.h;
-      const WindowRow from{output_gradient<T>(plan, at, r.ws.end - r.ws.begin, values), plan.a->index + (p.index_count() ? at : 0), od, oh,
-                           (in_d * p.window.h + in_h) * p.window.w};
+      const int64_t in_d = r.d - od * p.window_stride.d + p.window_pad.d,
+                    in_h = r.h - oh * p.window_stride.h + p.window_pad.h;
+      const WindowRow from{output_gradient<T>(plan, at, r.ws.end - r.ws.begin, values),
+                           plan.a->index + (p.index_count() ? at : 0), od, oh, (in_d * p.window.h + in_h) * p.window.w};
       add_windows(plan, from, r.ws.begin, r.ws.end, r.w, r.run, row);
     }
   through_saved_pixels<T>(plan, conv_at, r.run, row);
@@ -137,7 +143,8 @@ void pixel_row(const BackwardPlan& plan, const PixelRow& r, int64_t k, float* ro
 
 // The gradient of one pixel's channels k..k + run, in channels_last tensors.
 template <class T>
-const float* channel_row(const BackwardPlan& plan, int64_t n, int64_t k, int64_t d, int64_t h, int64_t w, int64_t run, float* row) {
+const float* channel_row(const BackwardPlan& plan, int64_t n, int64_t k, int64_t d, int64_t h, int64_t w, int64_t run,
+                         float* row) {
   const ConvPool& p = *plan.p;
   const int64_t conv_at = (((n * p.conv.d + d) * p.conv.h + h) * p.conv.w + w) * p.out_channels + k;
   if (p.pool == INTERFUSE_POOL_NONE) return output_gradient<T>(plan, conv_at, run, row);
@@ -165,7 +172,8 @@ const float* channel_row(const BackwardPlan& plan, int64_t n, int64_t k, int64_t
 }
 
 template <class T>
-void dense_as(const BackwardPlan& plan, const Strip& strip, int64_t first_channel, int64_t channels, float* gradient, float* row) {
+void dense_as(const BackwardPlan& plan, const Strip& strip, int64_t first_channel, int64_t channels, float* gradient,
+              float* row) {
   const ConvPool& p = *plan.p;
   int64_t begin[3], end[3];
   for (int i = 0; i < 3; ++i) {
@@ -198,7 +206,8 @@ void dense_as(const BackwardPlan& plan, const Strip& strip, int64_t first_channe
 }
 
 template <class T>
-void planes_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t first_channel, int64_t channels, float* gradient, float* row) {
+void planes_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t first_channel, int64_t channels,
+               float* gradient, float* row) {
   const int64_t run = s.pixels[2], rest = s.columns - run;
   for (int64_t n = strip.image; n < strip.image + strip.images; ++n)
     for (int64_t d = s.first[0]; d < s.first[0] + s.pixels[0]; ++d)
@@ -216,21 +225,27 @@ void planes_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, in
             const int64_t some = least(channels - k, kLanes);
             Vec block[kLanes];
             for (int i = 0; i < kLanes; ++i)
-              block[i] = w + i < run ? load_some(channel_row<T>(plan, n, first_channel + k, d, h, s.first[2] + w + i, some, row), some) : zero();
+              block[i] =
+                  w + i < run
+                      ? load_some(channel_row<T>(plan, n, first_channel + k, d, h, s.first[2] + w + i, some, row), some)
+                      : zero();
             transpose(block);
-            for (int i = 0; i < some; ++i) store_some(gradient + (k + i) * s.gradient_channel + s.left + w, block[i], run - w);
+            for (int i = 0; i < some; ++i)
+              store_some(gradient + (k + i) * s.gradient_channel + s.left + w, block[i], run - w);
           }
       }
 }
 
 }  // namespace
 
-void dense_gradients(const BackwardPlan& plan, const Strip& strip, int64_t first_channel, int64_t channels, float* gradient, float* row) {
+void dense_gradients(const BackwardPlan& plan, const Strip& strip, int64_t first_channel, int64_t channels,
+                     float* gradient, float* row) {
   plan.p->dtype == INTERFUSE_FLOAT32 ? dense_as<float>(plan, strip, first_channel, channels, gradient, row)
                                      : dense_as<uint16_t>(plan, strip, first_channel, channels, gradient, row);
 }
 
-void planes_gradients(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t first_channel, int64_t channels, float* gradient, float* row) {
+void planes_gradients(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t first_channel,
+                      int64_t channels, float* gradient, float* row) {
   plan.p->dtype == INTERFUSE_FLOAT32 ? planes_as<float>(plan, strip, s, first_channel, channels, gradient, row)
                                      : planes_as<uint16_t>(plan, strip, s, first_channel, channels, gradient, row);
 }

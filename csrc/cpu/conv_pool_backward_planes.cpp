@@ -1,7 +1,7 @@
-// Gradients of convolutions with few input channels in a group (first layers, depthwise): channels would fill a fraction
-// of a vector, so here the vectors lie along the width. A strip holds one plane per channel; along the width, columns are
-// sorted by their remainder modulo the convolution's stride ("phase"), so that neighbours of a vector are neighbours in
-// memory for every stride.
+// Gradients of convolutions with few input channels in a group (first layers, depthwise): channels would fill a
+// fraction of a vector, so here the vectors lie along the width. A strip holds one plane per channel; along the width,
+// columns are sorted by their remainder modulo the convolution's stride ("phase"), so that neighbours of a vector are
+// neighbours in memory for every stride.
 #include "cpu/conv_pool_backward.h"
 
 namespace interfuse {
@@ -16,9 +16,11 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A source is one kernel tap's share in a row of grad_x: a row of the gradient, shifted, for all output channels, and
-// their weights. grad_x[c][q] += weight[k][c] * gradient[k][column + q] over all sources and output channels, for C channels and Q vectors.
+// their weights. grad_x[c][q] += weight[k][c] * gradient[k][column + q] over all sources and output channels, for C
+// channels and Q vectors.
 template <int C, int Q>
-void input_kernel(const PlaneSource* sources, int64_t count, int64_t column, int64_t channels, int64_t gradient_step, int64_t weight_step, float* grad_x, int64_t grad_x_step) {
+void input_kernel(const PlaneSource* sources, int64_t count, int64_t column, int64_t channels, int64_t gradient_step,
+                  int64_t weight_step, float* grad_x, int64_t grad_x_step) {
   Vec s[C][Q];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c)
@@ -46,11 +48,13 @@ void input_kernel(const PlaneSource* sources, int64_t count, int64_t column, int
 
 typedef void (*InputKernel)(const PlaneSource*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 // Vectors that C channels take at once: 8 to 16 accumulators, and what they are made from, in the registers.
-constexpr int kWide[kMostChannels] = {kRegisters == 32 ? 8 : 6, kRegisters == 32 ? 6 : 4, kRegisters == 32 ? 4 : 3, kRegisters == 32 ? 4 : 2};
-constexpr InputKernel kInputKernels[kMostChannels][3] = {{input_kernel<1, kWide[0]>, input_kernel<1, 2>, input_kernel<1, 1>},
-                                                         {input_kernel<2, kWide[1]>, input_kernel<2, 2>, input_kernel<2, 1>},
-                                                         {input_kernel<3, kWide[2]>, input_kernel<3, 2>, input_kernel<3, 1>},
-                                                         {input_kernel<4, kWide[3]>, input_kernel<4, 2>, input_kernel<4, 1>}};
+constexpr int kWide[kMostChannels] = {kRegisters == 32 ? 8 : 6, kRegisters == 32 ? 6 : 4, kRegisters == 32 ? 4 : 3,
+                                      kRegisters == 32 ? 4 : 2};
+constexpr InputKernel kInputKernels[kMostChannels][3] = {
+    {input_kernel<1, kWide[0]>, input_kernel<1, 2>, input_kernel<1, 1>},
+    {input_kernel<2, kWide[1]>, input_kernel<2, 2>, input_kernel<2, 1>},
+    {input_kernel<3, kWide[2]>, input_kernel<3, 2>, input_kernel<3, 1>},
+    {input_kernel<4, kWide[3]>, input_kernel<4, 2>, input_kernel<4, 1>}};
 
 // Rows of the gradient and of x that belong together.
 struct Rows {
@@ -92,7 +96,10 @@ void weight_kernel(const Rows& rows, float* sums, int64_t sums_step) {
 typedef void (*WeightKernel)(const Rows&, float*, int64_t);
 template <int K>
 constexpr WeightKernel weight_kernel_of(int taps) {
-  return taps == 1 ? weight_kernel<K, 1> : taps == 2 ? weight_kernel<K, 2> : taps == 3 ? weight_kernel<K, 3> : weight_kernel<K, kMostTaps>;
+  return taps == 1   ? weight_kernel<K, 1>
+         : taps == 2 ? weight_kernel<K, 2>
+         : taps == 3 ? weight_kernel<K, 3>
+                     : weight_kernel<K, kMostTaps>;
 }
 WeightKernel weight_kernel_of(int64_t rows, int taps) {
   return rows >= 4 ? weight_kernel_of<4>(taps) : rows >= 2 ? weight_kernel_of<2>(taps) : weight_kernel_of<1>(taps);
@@ -121,8 +128,8 @@ Planes planes_of(const BackwardPlan& plan, const Strip& strip, int64_t channels)
   return s;
 }
 
-void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const Planes& s, const float* gradient, int64_t channels,
-                           const float* weight, float* grad_x, PlaneSource* sources) {
+void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const Planes& s, const float* gradient,
+                           int64_t channels, const float* weight, float* grad_x, PlaneSource* sources) {
   const int64_t in_channels = plan.p->group_in;
   for (int64_t n = 0; n < strip.images; ++n)
     for (int64_t d = 0; d < strip.size[0]; ++d)
@@ -133,8 +140,9 @@ void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const P
             for (int64_t j = 0; j < plan.kernel[1]; ++j) {
               // Counted from the strip's first pixel, which lies at lo.
               const int64_t from_d = d - i * plan.dilation[0], from_h = h - j * plan.dilation[1];
-              const bool meets = from_d >= 0 && from_h >= 0 && from_d % plan.stride[0] == 0 && from_h % plan.stride[1] == 0 &&
-                                 from_d / plan.stride[0] < s.pixels[0] && from_h / plan.stride[1] < s.pixels[1];
+              const bool meets = from_d >= 0 && from_h >= 0 && from_d % plan.stride[0] == 0 &&
+                                 from_h % plan.stride[1] == 0 && from_d / plan.stride[0] < s.pixels[0] &&
+                                 from_h / plan.stride[1] < s.pixels[1];
               for (int64_t l = 0; l < plan.kernel[2]; ++l, ++tap) {
                 if (!meets || l * plan.dilation[2] % plan.stride[2] != phase) continue;
                 const int64_t row = (n * s.pixels[0] + from_d / plan.stride[0]) * s.pixels[1] + from_h / plan.stride[1];
@@ -149,7 +157,8 @@ void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const P
             for (int64_t q = 0; q < s.columns;) {
               const int64_t left = (s.columns - q) / kLanes;
               const int size = left >= kWide[taken - 1] ? 0 : left >= 2 ? 1 : 2;
-              kInputKernels[taken - 1][size](sources, count, q, channels, s.gradient_channel, in_channels, to + c * s.channel + q, s.channel);
+              kInputKernels[taken - 1][size](sources, count, q, channels, s.gradient_channel, in_channels,
+                                             to + c * s.channel + q, s.channel);
               q += (size == 0 ? kWide[taken - 1] : 3 - size) * kLanes;
             }
             for (int64_t t = 0; t < count; ++t) sources[t].weight += taken;
@@ -158,7 +167,8 @@ void planes_input_gradient(const BackwardPlan& plan, const Strip& strip, const P
         }
 }
 
-void planes_weight_gradient(const BackwardPlan& plan, const Strip& strip, const Planes& s, const float* gradient, int64_t channels, const float* x, float* sums) {
+void planes_weight_gradient(const BackwardPlan& plan, const Strip& strip, const Planes& s, const float* gradient,
+                            int64_t channels, const float* x, float* sums) {
   const int64_t in_channels = plan.p->group_in, sums_step = in_channels * plan.taps * kLanes;
   const int64_t vectors = divide_up(s.pixels[2], kLanes);
   // As many rows at a time as keep both sides in the first-level cache.
@@ -170,7 +180,8 @@ void planes_weight_gradient(const BackwardPlan& plan, const Strip& strip, const 
         for (int64_t k = 0; k < channels; k += rows_at_once(channels - k))
           for (int64_t c = 0; c < in_channels; ++c) {
             Rows rows;
-            rows.gradient = gradient + ((n * s.pixels[0] + d) * s.pixels[1] + h) * s.gradient_row + k * s.gradient_channel + s.left;
+            rows.gradient =
+                gradient + ((n * s.pixels[0] + d) * s.pixels[1] + h) * s.gradient_row + k * s.gradient_channel + s.left;
             rows.channel_step = s.gradient_channel;
             rows.gradient_step = s.gradient_row;
             rows.x_step = plan.stride[1] * s.row;
@@ -183,8 +194,10 @@ void planes_weight_gradient(const BackwardPlan& plan, const Strip& strip, const 
                   const int taken = static_cast<int>(least(plan.kernel[2] - l, kMostTaps));
                   for (int t = 0; t < taken; ++t) {
                     const int64_t column = (l + t) * plan.dilation[2];
-                    rows.x[t] = x + c * s.channel + n * s.image + (d * plan.stride[0] + i * plan.dilation[0]) * s.slice +
-                                (h * plan.stride[1] + j * plan.dilation[1]) * s.row + column % plan.stride[2] * s.phase + column / plan.stride[2];
+                    rows.x[t] = x + c * s.channel + n * s.image +
+                                (d * plan.stride[0] + i * plan.dilation[0]) * s.slice +
+                                (h * plan.stride[1] + j * plan.dilation[1]) * s.row +
+                                column % plan.stride[2] * s.phase + column / plan.stride[2];
                   }
                   weight_kernel_of(channels - k, taken)(rows, to, sums_step);
                   to += taken * kLanes;

@@ -15,7 +15,8 @@ void planes_of_pixels(const T* from, int64_t pixel_step, int64_t channels, int64
   for (int64_t c = 0; c < channels; c += kLanes)
     for (int64_t w = 0; w < count; w += kLanes) {
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = w + i < count ? load_some(from + (w + i) * pixel_step + c, channels - c) : zero();
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = w + i < count ? load_some(from + (w + i) * pixel_step + c, channels - c) : zero();
       transpose(block);
       for (int i = 0; i < kLanes; ++i)
         if (c + i < channels) store_some(to + (c + i) * to_step + w, block[i], count - w);
@@ -23,11 +24,13 @@ void planes_of_pixels(const T* from, int64_t pixel_step, int64_t channels, int64
 }
 
 template <class T>
-void pixels_of_planes(const float* from, int64_t from_step, int64_t channels, int64_t count, T* to, int64_t pixel_step) {
+void pixels_of_planes(const float* from, int64_t from_step, int64_t channels, int64_t count, T* to,
+                      int64_t pixel_step) {
   for (int64_t c = 0; c < channels; c += kLanes)
     for (int64_t w = 0; w < count; w += kLanes) {
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = c + i < channels ? load_some(from + (c + i) * from_step + w, count - w) : zero();
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = c + i < channels ? load_some(from + (c + i) * from_step + w, count - w) : zero();
       transpose(block);
       for (int i = 0; i < kLanes; ++i)
         if (w + i < count) store_some(to + (w + i) * pixel_step + c, block[i], channels - c);
@@ -40,7 +43,8 @@ void copy(const From* from, int64_t count, To* to) {
 }
 
 template <class T>
-void pack_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels, float* to, float* row) {
+void pack_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels,
+             float* to, float* row) {
   const ConvPool& p = *plan.p;
   const int64_t phases = plan.stride[2], w0 = least(most(plan.pad[2] - strip.lo[2], 0), strip.size[2]);
   const int64_t w1 = least(plan.in[2] + plan.pad[2] - strip.lo[2], strip.size[2]), run = w1 - w0;
@@ -51,8 +55,8 @@ void pack_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int6
       for (int64_t sh = 0; sh < strip.size[1]; ++sh) {
         const int64_t d = strip.lo[0] + sd - plan.pad[0], h = strip.lo[1] + sh - plan.pad[1];
         if (d < 0 || d >= plan.in[0] || h < 0 || h >= plan.in[1]) continue;
-        const T* from = static_cast<const T*>(plan.a->x) + (strip.image + n) * p.xs.n + channel * p.xs.c + d * p.xs.d + h * p.xs.h +
-                        (strip.lo[2] + w0 - plan.pad[2]) * p.xs.w;
+        const T* from = static_cast<const T*>(plan.a->x) + (strip.image + n) * p.xs.n + channel * p.xs.c + d * p.xs.d +
+                        h * p.xs.h + (strip.lo[2] + w0 - plan.pad[2]) * p.xs.w;
         float* plane = to + n * s.image + sd * s.slice + sh * s.row;
         float* start = phases == 1 ? plane + w0 : row;
         const int64_t step = phases == 1 ? s.channel : run;
@@ -61,13 +65,14 @@ void pack_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int6
           for (int64_t c = 0; c < channels; ++c) copy(from + c * p.xs.c, run, start + c * step);
         if (phases == 1) continue;
         for (int64_t c = 0; c < channels; ++c)
-          for (int64_t i = 0; i < run; ++i) plane[c * s.channel + (w0 + i) % phases * s.phase + (w0 + i) / phases] = row[c * run + i];
+          for (int64_t i = 0; i < run; ++i)
+            plane[c * s.channel + (w0 + i) % phases * s.phase + (w0 + i) / phases] = row[c * run + i];
       }
 }
 
 template <class T>
-void store_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels, int64_t begin, int64_t end,
-              const float* from, float* row) {
+void store_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels,
+              int64_t begin, int64_t end, const float* from, float* row) {
   const ConvPool& p = *plan.p;
   const int64_t phases = plan.stride[2];
   int64_t lo[3], hi[3];
@@ -96,21 +101,24 @@ void store_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int
         const int64_t pixel = (d * plan.in[1] + h) * plan.in[2] + lo[2];
         T* grad_x = static_cast<T*>(plan.a->grad_x);
         if (p.channels_last)
-          pixels_of_planes(row, run, channels, run, grad_x + ((strip.image + n) * volume + pixel) * p.in_channels + channel, p.in_channels);
+          pixels_of_planes(row, run, channels, run,
+                           grad_x + ((strip.image + n) * volume + pixel) * p.in_channels + channel, p.in_channels);
         else
-          for (int64_t c = 0; c < channels; ++c) copy(row + c * run, run, grad_x + ((strip.image + n) * p.in_channels + channel + c) * volume + pixel);
+          for (int64_t c = 0; c < channels; ++c)
+            copy(row + c * run, run, grad_x + ((strip.image + n) * p.in_channels + channel + c) * volume + pixel);
       }
 }
 
 }  // namespace
 
-void pack_planes(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels, float* to, float* row) {
+void pack_planes(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels,
+                 float* to, float* row) {
   plan.p->dtype == INTERFUSE_FLOAT32 ? pack_as<float>(plan, strip, s, channel, channels, to, row)
                                      : pack_as<uint16_t>(plan, strip, s, channel, channels, to, row);
 }
 
-void store_planes(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels, int64_t begin, int64_t end,
-                  const float* from, float* row) {
+void store_planes(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels,
+                  int64_t begin, int64_t end, const float* from, float* row) {
   plan.p->dtype == INTERFUSE_FLOAT32 ? store_as<float>(plan, strip, s, channel, channels, begin, end, from, row)
                                      : store_as<uint16_t>(plan, strip, s, channel, channels, begin, end, from, row);
 }

@@ -1,5 +1,5 @@
-// Gradients behind max pooling: one in (pool volume) is nonzero at most, and its position is known. Each nonzero value is
-// multiplied with the patch of x around it (for the weights) or with its channel's weights (for x). A patch is a few
+// Gradients behind max pooling: one in (pool volume) is nonzero at most, and its position is known. Each nonzero value
+// is multiplied with the patch of x around it (for the weights) or with its channel's weights (for x). A patch is a few
 // rows of contiguous floats, (kernel width x channels) each, held in registers for one output channel.
 //
 // Zeros are skipped, so 0 * Inf and 0 * NaN, which dense arithmetic would turn into NaN, do not arise.
@@ -23,8 +23,12 @@ struct List {
 typedef void (*WeightKernel)(List, const float*, const int64_t*, float*, const int64_t*);
 typedef void (*InputKernel)(List, float*, const int64_t*, const float*, const int64_t*);
 
-INTERFUSE_INLINE const float* bytes_on(const float* p, int64_t bytes) { return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes); }
-INTERFUSE_INLINE float* bytes_on(float* p, int64_t bytes) { return reinterpret_cast<float*>(reinterpret_cast<char*>(p) + bytes); }
+INTERFUSE_INLINE const float* bytes_on(const float* p, int64_t bytes) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes);
+}
+INTERFUSE_INLINE float* bytes_on(float* p, int64_t bytes) {
+  return reinterpret_cast<float*>(reinterpret_cast<char*>(p) + bytes);
+}
 
 // Sums start at zero and are added at the end: shorter chains of rounding than one sum through the whole batch.
 template <int R, int V>
@@ -85,8 +89,11 @@ constexpr Kernels kernels() {
     return {nullptr, nullptr};
 }
 
-#define ROW_COUNTS(V) \
-  {kernels<1, V>(), kernels<2, V>(), kernels<3, V>(), kernels<4, V>(), kernels<5, V>(), kernels<6, V>(), kernels<7, V>(), kernels<8, V>(), kernels<9, V>()}
+#define ROW_COUNTS(V)                                                                                     \
+  {                                                                                                       \
+    kernels<1, V>(), kernels<2, V>(), kernels<3, V>(), kernels<4, V>(), kernels<5, V>(), kernels<6, V>(), \
+        kernels<7, V>(), kernels<8, V>(), kernels<9, V>()                                                 \
+  }
 constexpr Kernels kKernels[kMostVectors][kMostRows] = {ROW_COUNTS(1), ROW_COUNTS(2), ROW_COUNTS(3),
                                                        ROW_COUNTS(4), ROW_COUNTS(5), ROW_COUNTS(6)};
 #undef ROW_COUNTS
@@ -99,7 +106,8 @@ int most_rows(int vectors) {
 // The rows of a patch that one kernel call takes.
 struct Group {
   const Kernels* kernels;
-  int64_t in_strip[kMostRows], in_taps[kMostRows];  // where the rows lie in the strip's buffers, in bytes, and in [tap][lane]
+  int64_t in_strip[kMostRows],
+      in_taps[kMostRows];  // where the rows lie in the strip's buffers, in bytes, and in [tap][lane]
 };
 
 // Cuts the patch into groups of even size and calls body(group) for each.
@@ -133,23 +141,27 @@ INTERFUSE_INLINE void for_each_group(const BackwardPlan& plan, const Strip& stri
 
 // Calls body(list, group, channel) so that a tile and a group's rows are used by all channels one after the other.
 template <class Body>
-INTERFUSE_INLINE void for_each_list(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, Body&& body) {
+INTERFUSE_INLINE void for_each_list(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists,
+                                    Body&& body) {
   for (int64_t tile = 0; tile < lists.tile_count; ++tile)
     for_each_group(plan, strip, [&](const Group& group) {
       for (int64_t k = 0, list = tile * lists.channels; k < lists.channels; ++k, ++list)
-        body(List{lists.offsets + list * lists.capacity, lists.values + list * lists.capacity, lists.counts[list]}, group, k);
+        body(List{lists.offsets + list * lists.capacity, lists.values + list * lists.capacity, lists.counts[list]},
+             group, k);
     });
 }
 
 }  // namespace
 
-void sparse_weight_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* x, float* sums) {
+void sparse_weight_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* x,
+                            float* sums) {
   for_each_list(plan, strip, lists, [&](List list, const Group& group, int64_t k) {
     group.kernels->weight(list, x, group.in_strip, sums + k * plan.taps * plan.lanes, group.in_taps);
   });
 }
 
-void sparse_input_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* weight, float* grad_x) {
+void sparse_input_gradient(const BackwardPlan& plan, const Strip& strip, const SparseLists& lists, const float* weight,
+                           float* grad_x) {
   for_each_list(plan, strip, lists, [&](List list, const Group& group, int64_t k) {
     group.kernels->input(list, grad_x, group.in_strip, weight + k * plan.taps * plan.lanes, group.in_taps);
   });

@@ -27,7 +27,8 @@ Strip make_strip(const BackwardPlan& plan, int64_t image, int64_t images, int64_
   s.image = image, s.images = images, s.begin = begin, s.end = end;
   for (int i = 0; i < 3; ++i) {
     s.lo[i] = i == plan.axis ? plan.touch_begin(begin) : 0;
-    s.size[i] = (i == plan.axis ? plan.touch_end(end - 1) : (plan.extent(i) - 1) * plan.stride[i] + plan.reach(i)) - s.lo[i];
+    s.size[i] =
+        (i == plan.axis ? plan.touch_end(end - 1) : (plan.extent(i) - 1) * plan.stride[i] + plan.reach(i)) - s.lo[i];
   }
   set_steps(plan, &s);
   return s;
@@ -44,7 +45,10 @@ Strip largest_strip(const BackwardPlan& plan) {
 
 class Worker {
  public:
-  Worker(const BackwardPlan& plan, const Task& task) : plan_(plan), p_(*plan.p), task_(task), channels_(task.k_end - task.k_begin) { allocate(); }
+  Worker(const BackwardPlan& plan, const Task& task)
+      : plan_(plan), p_(*plan.p), task_(task), channels_(task.k_end - task.k_begin) {
+    allocate();
+  }
 
   void run() {
     const int64_t steps = plan_.count[plan_.axis];
@@ -87,10 +91,12 @@ class Worker {
       const Slab slab = slab_of(s, 0, carry_rows());
       carried = slab.count * slab.length;
       const int64_t row = most(kLanes * 4, 2 * in_channels()) * most(plan_.in[2], plan_.conv[2]);
-      sources_ = static_cast<PlaneSource*>(scratch(Slot::rows, static_cast<size_t>(plan_.taps) * sizeof(PlaneSource) + static_cast<size_t>(row) * sizeof(float)));
+      sources_ = static_cast<PlaneSource*>(scratch(Slot::rows, static_cast<size_t>(plan_.taps) * sizeof(PlaneSource) +
+                                                                   static_cast<size_t>(row) * sizeof(float)));
       row_ = reinterpret_cast<float*>(sources_ + plan_.taps);
       const bool patches = plan_.method == Method::patches;
-      gradient_ = scratch_floats(Slot::products, patches ? patches_floats(plan_, channels_) : s.images * planes_.gradient_floats());
+      gradient_ = scratch_floats(Slot::products,
+                                 patches ? patches_floats(plan_, channels_) : s.images * planes_.gradient_floats());
     } else if (plan_.method == Method::dense) {
       const int64_t pixels = pixels_of(s), row = 2 * most(most(plan_.conv[2], p_.out.w), p_.group_out) + kLanes;
       gradient_ = scratch_floats(Slot::products, divide_up(channels_, kBlock) * kBlock * pixels);
@@ -117,7 +123,9 @@ class Worker {
   }
 
   int64_t in_channels() const { return plan_.unit_groups * p_.group_in; }  // of a unit
-  int64_t pixels_of(const Strip& s) const { return s.images * (s.end - s.begin) * (plan_.count[0] * plan_.count[1] * plan_.count[2] / plan_.count[plan_.axis]); }
+  int64_t pixels_of(const Strip& s) const {
+    return s.images * (s.end - s.begin) * (plan_.count[0] * plan_.count[1] * plan_.count[2] / plan_.count[plan_.axis]);
+  }
 
   // ---- a strip ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +142,8 @@ class Worker {
   }
 
   void packed_unit(const Strip& s, int64_t group, bool weights, bool biases) {
-    const int64_t pixels = pixels_of(s), blocks = divide_up(channels_, kBlock), first = group * p_.group_out + task_.k_begin;
+    const int64_t pixels = pixels_of(s), blocks = divide_up(channels_, kBlock),
+                  first = group * p_.group_out + task_.k_begin;
     const bool sparse = plan_.method == Method::sparse;
     if (sparse) {
       plan_lists(plan_, s, channels_, &lists_);
@@ -157,9 +166,11 @@ class Worker {
       if (task_.grad_x) {
         float* carry = carry_ + (group * plan_.chunks + chunk) * carry_step_;
         resume(s, s.floats, carry);
-        sparse ? sparse_input_gradient(plan_, s, lists_, plan_.packed_weight + base, grad_x_)
-               : dense_input_gradient(plan_, s, gradient_, offsets_, pixels, blocks, plan_.packed_weight + base, grad_x_);
-        store_input_gradient(plan_, s, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_);
+        sparse
+            ? sparse_input_gradient(plan_, s, lists_, plan_.packed_weight + base, grad_x_)
+            : dense_input_gradient(plan_, s, gradient_, offsets_, pixels, blocks, plan_.packed_weight + base, grad_x_);
+        store_input_gradient(plan_, s, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s),
+                             grad_x_);
         suspend(s, carry);
       }
     }
@@ -168,14 +179,16 @@ class Worker {
   void planes_unit(const Strip& s, int64_t unit, bool weights, bool biases) {
     const int64_t group = unit * plan_.unit_groups, groups = least(plan_.unit_groups, p_.groups - group);
     const int64_t split = plan_.unit_groups == 1 ? channels_ : p_.group_out;  // output channels of one group
-    const int64_t first = group * p_.group_out + task_.k_begin, channel = group * p_.group_in, in_channels = groups * p_.group_in;
+    const int64_t first = group * p_.group_out + task_.k_begin, channel = group * p_.group_in,
+                  in_channels = groups * p_.group_in;
     planes_ = planes_of(plan_, s, groups * split);
     planes_gradients(plan_, s, planes_, first, groups * split, gradient_, row_);
     if (biases) sum_planes(s.images, groups * split, task_.grad_bias + first);
     if (weights) {
       pack_planes(plan_, s, planes_, channel, in_channels, x_, row_);
       for (int64_t g = 0; g < groups; ++g)
-        planes_weight_gradient(plan_, s, planes_, gradient_ + g * split * planes_.gradient_channel, split, x_ + g * p_.group_in * planes_.channel,
+        planes_weight_gradient(plan_, s, planes_, gradient_ + g * split * planes_.gradient_channel, split,
+                               x_ + g * p_.group_in * planes_.channel,
                                task_.grad_weight + (first + g * split) * p_.group_in * plan_.taps * kLanes);
     }
     if (!task_.grad_x) return;
@@ -185,7 +198,8 @@ class Worker {
       planes_input_gradient(plan_, s, planes_, gradient_ + g * split * planes_.gradient_channel, split,
                             plan_.packed_weight + (group + g) * plan_.taps * p_.group_out * p_.group_in,
                             grad_x_ + g * p_.group_in * planes_.channel, sources_);
-    store_planes(plan_, s, planes_, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_, row_);
+    store_planes(plan_, s, planes_, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_,
+                 row_);
     suspend(s, carry);
   }
 
@@ -196,13 +210,15 @@ class Worker {
     patches_gradients(plan_, s, planes_, task_.k_begin, channels_, x_, weights ? task_.grad_weight : nullptr,
                       task_.grad_x ? grad_x_ : nullptr, biases ? task_.grad_bias : nullptr, gradient_);
     if (!task_.grad_x) return;
-    store_planes(plan_, s, planes_, 0, p_.in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_, row_);
+    store_planes(plan_, s, planes_, 0, p_.in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_,
+                 row_);
     suspend(s, carry_);
   }
 
   void tiles_unit(const Strip& s, int64_t group, bool weights, bool biases) {
     const TileStrip t = tiles_of(plan_, s);
-    const int64_t first = group * p_.group_out, channel = group * p_.group_in, base = group * plan_.depth_points * 36 * plan_.lanes;
+    const int64_t first = group * p_.group_out, channel = group * p_.group_in,
+                  base = group * plan_.depth_points * 36 * plan_.lanes;
     window_gradients(plan_, s, t, first, channels_, values_, places_);
     if (biases) sum_windows(t, task_.grad_bias + first);
     if (weights) pack_input(plan_, s, channel, p_.group_in, x_);
@@ -210,7 +226,8 @@ class Worker {
     if (task_.grad_x) resume(s, s.floats, carry);
     if (!weights && !task_.grad_x) return;
     winograd_gradients(plan_, s, t, values_, places_, x_, plan_.packed_weight + base * p_.group_out,
-                       weights ? task_.grad_weight + base * plan_.k_padded : nullptr, task_.grad_x ? grad_x_ : nullptr, gradient_);
+                       weights ? task_.grad_weight + base * plan_.k_padded : nullptr, task_.grad_x ? grad_x_ : nullptr,
+                       gradient_);
     if (!task_.grad_x) return;
     Vec check = zero();
     for (int64_t i = 0; i < s.floats; i += kLanes) check = multiply_add(load(grad_x_ + i), zero(), check);
@@ -246,21 +263,24 @@ class Worker {
     if (plan_.axis == 0) return {row * planes_.slice, planes, planes_.image, rows * planes_.slice};
     if (plan_.axis == 1) return {row * planes_.row, planes * s.size[0], planes_.slice, rows * planes_.row};
     // A strip starts at a multiple of the stride, so what is handed on starts at the same column of every phase.
-    return {row / plan_.stride[2], planes * s.size[0] * s.size[1] * plan_.stride[2], planes_.phase, divide_up(rows, plan_.stride[2])};
+    return {row / plan_.stride[2], planes * s.size[0] * s.size[1] * plan_.stride[2], planes_.phase,
+            divide_up(rows, plan_.stride[2])};
   }
   // Zeros, but for the rows that the strip before already added to.
   void resume(const Strip& s, int64_t floats, const float* carry) {
     memset(grad_x_, 0, static_cast<size_t>(floats) * sizeof(float));
     const Slab slab = slab_of(s, 0, carried_);
     for (int64_t i = 0; carried_ && i < slab.count; ++i)
-      memcpy(grad_x_ + slab.start + i * slab.step, carry + i * slab.length, static_cast<size_t>(slab.length) * sizeof(float));
+      memcpy(grad_x_ + slab.start + i * slab.step, carry + i * slab.length,
+             static_cast<size_t>(slab.length) * sizeof(float));
   }
   void suspend(const Strip& s, float* carry) {
     const int64_t rows = s.lo[plan_.axis] + s.size[plan_.axis] - finished_end(s);
     if (s.end == plan_.count[plan_.axis] || rows <= 0) return;
     const Slab slab = slab_of(s, s.size[plan_.axis] - rows, rows);
     for (int64_t i = 0; i < slab.count; ++i)
-      memcpy(carry + i * slab.length, grad_x_ + slab.start + i * slab.step, static_cast<size_t>(slab.length) * sizeof(float));
+      memcpy(carry + i * slab.length, grad_x_ + slab.start + i * slab.step,
+             static_cast<size_t>(slab.length) * sizeof(float));
   }
 
   // Where each pixel of the strip has its first kernel tap, in floats.
@@ -275,7 +295,8 @@ class Worker {
         for (int64_t h = begin[1]; h < end[1]; ++h)
           for (int64_t w = begin[2]; w < end[2]; ++w)
             offsets_[at++] = static_cast<int32_t>(n * s.image_step + (d * plan_.stride[0] - s.lo[0]) * s.step[0] +
-                                                  (h * plan_.stride[1] - s.lo[1]) * s.step[1] + (w * plan_.stride[2] - s.lo[2]) * s.step[2]);
+                                                  (h * plan_.stride[1] - s.lo[1]) * s.step[1] +
+                                                  (w * plan_.stride[2] - s.lo[2]) * s.step[2]);
   }
 
   // ---- the bias: sums of a strip in float, of all in double ---------------------------------------------------------
@@ -303,7 +324,8 @@ class Worker {
     const int64_t rows = images * planes_.pixels[0] * planes_.pixels[1];
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t k = 0; k < channels; ++k)
-        biases[k] += sum_of(gradient_ + row * planes_.gradient_row + k * planes_.gradient_channel + planes_.left, planes_.pixels[2]);
+        biases[k] += sum_of(gradient_ + row * planes_.gradient_row + k * planes_.gradient_channel + planes_.left,
+                            planes_.pixels[2]);
   }
 
   void sum_windows(const TileStrip& t, double* biases) const {
@@ -318,7 +340,8 @@ class Worker {
   const ConvPool& p_;
   const Task& task_;
   const int64_t channels_;  // output channels of a unit
-  int64_t first_row_ = 0, carried_ = 0;  // the thread's rows begin there; rows of the strip before that wait in the carry
+  int64_t first_row_ = 0,
+          carried_ = 0;  // the thread's rows begin there; rows of the strip before that wait in the carry
   float *x_ = nullptr, *grad_x_ = nullptr, *carry_ = nullptr, *gradient_ = nullptr, *row_ = nullptr, *values_ = nullptr;
   int32_t* places_ = nullptr;
   int64_t carry_step_ = 0;

@@ -1,5 +1,5 @@
-// Gradients of 3x3 and 3x3x3 convolutions by Winograd's algorithm, transposed (see winograd.h): the gradient e of a tile
-// of convolution pixels becomes A e, and with it
+// Gradients of 3x3 and 3x3x3 convolutions by Winograd's algorithm, transposed (see winograd.h): the gradient e of a
+// tile of convolution pixels becomes A e, and with it
 //
 //   the weight's gradient is G' [sum over tiles of (A e) (B' d)'], x's is B [(G g)' (A e)]
 //
@@ -52,13 +52,15 @@ DepthShares depth_shares(int slice) {
   return shares;
 }
 DepthShares depth_shares(const BackwardPlan& plan, int slice) {
-  return plan.depth_points == 1 ? depth_shares<Winograd1>(slice) : plan.depth_points == 4 ? depth_shares<Winograd2>(slice) : depth_shares<Winograd4>(slice);
+  return plan.depth_points == 1   ? depth_shares<Winograd1>(slice)
+         : plan.depth_points == 4 ? depth_shares<Winograd2>(slice)
+                                  : depth_shares<Winograd4>(slice);
 }
 
 // Pooled: windows of 2x2 pixels, or 2x2x2 where Deep; else every pixel is a window. Deep: the tile has a depth.
 template <bool Pooled, bool Deep>
-INTERFUSE_INLINE void tile_pixels(const TileStrip& t, const float* values, const int32_t* places, const DepthShares& shares, int64_t deep_windows,
-                                  int64_t window_depth, Vec* e) {
+INTERFUSE_INLINE void tile_pixels(const TileStrip& t, const float* values, const int32_t* places,
+                                  const DepthShares& shares, int64_t deep_windows, int64_t window_depth, Vec* e) {
   if (Deep) unrolled<kTile * kTile>([&](int i) __attribute__((always_inline)) { e[i] = zero(); });
   constexpr int wide = Pooled ? 2 : 4;  // windows of the tile along height and width
   for (int64_t j = 0; j < (Deep ? deep_windows : 1); ++j) {
@@ -85,44 +87,56 @@ INTERFUSE_INLINE void tile_pixels(const TileStrip& t, const float* values, const
 }
 
 template <bool Pooled, bool Deep>
-void gradient_points_of(const BackwardPlan& plan, const TileStrip& t, int slice, const float* values, const int32_t* places, float* points) {
+void gradient_points_of(const BackwardPlan& plan, const TileStrip& t, int slice, const float* values,
+                        const int32_t* places, float* points) {
   const DepthShares shares = depth_shares(plan, slice);
   const int64_t window_depth = plan.p->window.d, deep_windows = plan.window[0] / window_depth, wide = Pooled ? 2 : 4;
-  each_tile(t, [&](int64_t tile, int64_t n, int64_t d, int64_t h, int64_t w) __attribute__((always_inline)) {
-    const int64_t first = (((n * t.windows[0] + d * deep_windows) * t.windows[1] + h * wide) * t.windows[2] + w * wide) * t.k_lanes;
-    for (int64_t k = 0; k < t.k_lanes; k += kLanes) {
-      Vec e[kTile * kTile], rows[kTileIn][kTile];
-      tile_pixels<Pooled, Deep>(t, values + first + k, places + first + k, shares, deep_windows, window_depth, e);
-      unrolled<kTile>([&](int v) __attribute__((always_inline)) {
-        Vec column[kTile], made[kTileIn];
-        unrolled<kTile>([&](int r) __attribute__((always_inline)) { column[r] = e[r * kTile + v]; });
-        Winograd4::output_transposed(column, made);
-        unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = made[r]; });
+  each_tile(
+      t, [&](int64_t tile, int64_t n, int64_t d, int64_t h, int64_t w) __attribute__((always_inline)) {
+        const int64_t first =
+            (((n * t.windows[0] + d * deep_windows) * t.windows[1] + h * wide) * t.windows[2] + w * wide) * t.k_lanes;
+        for (int64_t k = 0; k < t.k_lanes; k += kLanes) {
+          Vec e[kTile * kTile], rows[kTileIn][kTile];
+          tile_pixels<Pooled, Deep>(t, values + first + k, places + first + k, shares, deep_windows, window_depth, e);
+          unrolled<kTile>([&](int v) __attribute__((always_inline)) {
+            Vec column[kTile], made[kTileIn];
+            unrolled<kTile>([&](int r) __attribute__((always_inline)) { column[r] = e[r * kTile + v]; });
+            Winograd4::output_transposed(column, made);
+            unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = made[r]; });
+          });
+          float* to = points + tile * t.k_row + k;
+          for (int r = 0; r < kTileIn; ++r) {
+            Vec made[kTileIn];
+            Winograd4::output_transposed(rows[r], made);
+            unrolled<kTileIn>([&](int i) __attribute__((always_inline)) {
+              store(to + (r * kTileIn + i) * t.k_plane, made[i]);
+            });
+          }
+        }
       });
-      float* to = points + tile * t.k_row + k;
-      for (int r = 0; r < kTileIn; ++r) {
-        Vec made[kTileIn];
-        Winograd4::output_transposed(rows[r], made);
-        unrolled<kTileIn>([&](int i) __attribute__((always_inline)) { store(to + (r * kTileIn + i) * t.k_plane, made[i]); });
-      }
-    }
-  });
 }
 
 // ---- x: B' d and B t -----------------------------------------------------------------------------------------------
 
-void data_points(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int slice, const float* slices, float* points) {
-  each_tile(t, [&](int64_t tile, int64_t n, int64_t d, int64_t h, int64_t w) __attribute__((always_inline)) {
-    const float* from = slices + slice_number(plan, t, n, slice, d) * s.step[0] + h * kTile * s.step[1] + w * kTile * s.step[2];
-    for (int64_t c = 0; c < plan.lanes; c += kLanes) {
-      float* to = points + tile * t.c_row + c;
-      data_slice([&](int i) __attribute__((always_inline)) { return load(from + i / kTileIn * s.step[1] + i % kTileIn * s.step[2] + c); },
-                 [&](int point, Vec v) __attribute__((always_inline)) { store(to + point * t.c_plane, v); });
-    }
-  });
+void data_points(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int slice, const float* slices,
+                 float* points) {
+  each_tile(
+      t, [&](int64_t tile, int64_t n, int64_t d, int64_t h, int64_t w) __attribute__((always_inline)) {
+        const float* from =
+            slices + slice_number(plan, t, n, slice, d) * s.step[0] + h * kTile * s.step[1] + w * kTile * s.step[2];
+        for (int64_t c = 0; c < plan.lanes; c += kLanes) {
+          float* to = points + tile * t.c_row + c;
+          data_slice(
+              [&](int i) __attribute__((always_inline)) {
+                return load(from + i / kTileIn * s.step[1] + i % kTileIn * s.step[2] + c);
+              },
+              [&](int point, Vec v) __attribute__((always_inline)) { store(to + point * t.c_plane, v); });
+        }
+      });
 }
 
-void add_pixels(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int slice, const float* points, float* slices) {
+void add_pixels(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int slice, const float* points,
+                float* slices) {
   each_tile(t, [&](int64_t tile, int64_t n, int64_t d, int64_t h, int64_t w) __attribute__((always_inline)) {
     float* to = slices + slice_number(plan, t, n, slice, d) * s.step[0] + h * kTile * s.step[1] + w * kTile * s.step[2];
     for (int64_t c = 0; c < plan.lanes; c += kLanes) {
@@ -130,7 +144,9 @@ void add_pixels(const BackwardPlan& plan, const Strip& s, const TileStrip& t, in
       Vec rows[kTileIn][kTileIn];
       unrolled<kTileIn>([&](int v) __attribute__((always_inline)) {
         Vec column[kTileIn], made[kTileIn];
-        unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { column[r] = load(from + (r * kTileIn + v) * t.c_plane); });
+        unrolled<kTileIn>([&](int r) __attribute__((always_inline)) {
+          column[r] = load(from + (r * kTileIn + v) * t.c_plane);
+        });
         Winograd4::data_transposed(column, made);
         unrolled<kTileIn>([&](int r) __attribute__((always_inline)) { rows[r][v] = made[r]; });
       });
@@ -156,7 +172,8 @@ void split_depth(const Strip& s, const TileStrip& t, const float* x, float* slic
         unrolled<Axis::points>([&](int j) __attribute__((always_inline)) { taken[j] = load(from + j * s.step[0]); });
         Axis::data(taken, made);
         float* to = slices + (n * Axis::points * t.tiles[0] + d) * s.step[0] + i;
-        unrolled<Axis::points>([&](int j) __attribute__((always_inline)) { store(to + j * t.tiles[0] * s.step[0], made[j]); });
+        unrolled<Axis::points>([&](int j)
+                                   __attribute__((always_inline)) { store(to + j * t.tiles[0] * s.step[0], made[j]); });
       }
 }
 
@@ -167,7 +184,9 @@ void join_depth(const Strip& s, const TileStrip& t, const float* slices, float* 
       for (int64_t i = 0; i < s.step[0]; i += kLanes) {
         const float* from = slices + (n * Axis::points * t.tiles[0] + d) * s.step[0] + i;
         Vec taken[Axis::points], made[Axis::points];
-        unrolled<Axis::points>([&](int j) __attribute__((always_inline)) { taken[j] = load(from + j * t.tiles[0] * s.step[0]); });
+        unrolled<Axis::points>([&](int j) __attribute__((always_inline)) {
+          taken[j] = load(from + j * t.tiles[0] * s.step[0]);
+        });
         Axis::data_transposed(taken, made);
         float* to = grad_x + n * s.image_step + d * Axis::outputs * s.step[0] + i;
         unrolled<Axis::points>([&](int j) __attribute__((always_inline)) {
@@ -201,18 +220,24 @@ void add_products(const TileStrip& t, const float* gradient, const float* x, flo
 }
 
 // Of one point, all panels of input channels.
-void add_weight_products(const BackwardPlan& plan, const TileStrip& t, const float* gradient, const float* x, float* sums) {
+void add_weight_products(const BackwardPlan& plan, const TileStrip& t, const float* gradient, const float* x,
+                         float* sums) {
   for (int64_t c = 0; c < plan.lanes; c += plan.panel) {
     const int64_t vectors = least(plan.panel, plan.lanes - c) / kLanes;
-    const auto add = vectors == 4 ? add_products<4> : vectors == 3 ? add_products<3> : vectors == 2 ? add_products<2> : add_products<1>;
+    const auto add = vectors == 4   ? add_products<4>
+                     : vectors == 3 ? add_products<3>
+                     : vectors == 2 ? add_products<2>
+                                    : add_products<1>;
     add(t, gradient, x + c, sums + c, plan.lanes);
   }
 }
 
-void input_products(const BackwardPlan& plan, const TileStrip& t, const float* gradient, const float* weight, float* product) {
+void input_products(const BackwardPlan& plan, const TileStrip& t, const float* gradient, const float* weight,
+                    float* product) {
   for (int64_t c = 0; c < plan.lanes; c += plan.panel) {
     const int64_t width = least(plan.panel, plan.lanes - c);
-    multiply_panel(width / kLanes, t.count, plan.p->group_out, gradient, t.k_row, weight + c * plan.p->group_out, product + c, t.c_row, false);
+    multiply_panel(width / kLanes, t.count, plan.p->group_out, gradient, t.k_row, weight + c * plan.p->group_out,
+                   product + c, t.c_row, false);
   }
 }
 
@@ -238,7 +263,8 @@ TileStrip tiles_of(const BackwardPlan& plan, const Strip& s) {
   // a smaller one leaves there are its predecessors' points.
   int64_t most_tiles = plan.strip_images * plan.strip_steps;
   for (int i = 0; i < 3; ++i) most_tiles *= i == plan.axis ? 1 : plan.count[i];
-  t.k_plane = plane_pitch((most_tiles + kSpareRows) * t.k_row), t.c_plane = plane_pitch((most_tiles + kSpareRows) * t.c_row);
+  t.k_plane = plane_pitch((most_tiles + kSpareRows) * t.k_row),
+  t.c_plane = plane_pitch((most_tiles + kSpareRows) * t.c_row);
   t.slices_floats = plan.depth_points == 1 ? 0 : s.images * plan.depth_points * t.tiles[0] * s.step[0];
   return t;
 }
@@ -247,14 +273,18 @@ int64_t winograd_floats(const TileStrip& t) { return kPlane * (t.k_plane + t.c_p
 
 void clear_spare_rows(const TileStrip& t, float* memory) {
   const int64_t spare = kSpareRows * t.k_row + 32;  // a plane's pitch is rounded up by so much at most
-  for (int point = 1; point <= kPlane; ++point) memset(memory + point * t.k_plane - spare, 0, static_cast<size_t>(spare) * sizeof(float));
+  for (int point = 1; point <= kPlane; ++point)
+    memset(memory + point * t.k_plane - spare, 0, static_cast<size_t>(spare) * sizeof(float));
 }
 
-void winograd_gradients(const BackwardPlan& plan, const Strip& s, const TileStrip& t, const float* values, const int32_t* places, const float* x,
-                        const float* weight, float* sums, float* grad_x, float* memory) {
-  float *gradient = memory, *data = gradient + kPlane * t.k_plane, *slices = data + kPlane * t.c_plane, *grad_slices = slices + t.slices_floats;
+void winograd_gradients(const BackwardPlan& plan, const Strip& s, const TileStrip& t, const float* values,
+                        const int32_t* places, const float* x, const float* weight, float* sums, float* grad_x,
+                        float* memory) {
+  float *gradient = memory, *data = gradient + kPlane * t.k_plane, *slices = data + kPlane * t.c_plane,
+        *grad_slices = slices + t.slices_floats;
   const bool deep = plan.depth_points > 1, pooled = plan.p->window.w > 1;
-  if (deep && sums) plan.depth_points == 4 ? split_depth<Winograd2>(s, t, x, slices) : split_depth<Winograd4>(s, t, x, slices);
+  if (deep && sums)
+    plan.depth_points == 4 ? split_depth<Winograd2>(s, t, x, slices) : split_depth<Winograd4>(s, t, x, slices);
   if (deep && grad_x) memset(grad_slices, 0, static_cast<size_t>(t.slices_floats) * sizeof(float));
   const auto gradient_points = pooled ? deep ? gradient_points_of<true, true> : gradient_points_of<true, false>
                                       : deep ? gradient_points_of<false, true> : gradient_points_of<false, false>;
@@ -263,13 +293,19 @@ void winograd_gradients(const BackwardPlan& plan, const Strip& s, const TileStri
     if (sums) data_points(plan, s, t, slice, deep ? slices : x, data);
     for (int i = 0; i < kPlane; ++i) {
       const int point = slice * kPlane + i;
-      if (sums) add_weight_products(plan, t, gradient + i * t.k_plane, data + i * t.c_plane, sums + point * plan.k_padded * plan.lanes);
+      if (sums)
+        add_weight_products(plan, t, gradient + i * t.k_plane, data + i * t.c_plane,
+                            sums + point * plan.k_padded * plan.lanes);
       // x's point has been used: the product takes its place.
-      if (grad_x) input_products(plan, t, gradient + i * t.k_plane, weight + point * plan.p->group_out * plan.lanes, data + i * t.c_plane);
+      if (grad_x)
+        input_products(plan, t, gradient + i * t.k_plane, weight + point * plan.p->group_out * plan.lanes,
+                       data + i * t.c_plane);
     }
     if (grad_x) add_pixels(plan, s, t, slice, data, deep ? grad_slices : grad_x);
   }
-  if (deep && grad_x) plan.depth_points == 4 ? join_depth<Winograd2>(s, t, grad_slices, grad_x) : join_depth<Winograd4>(s, t, grad_slices, grad_x);
+  if (deep && grad_x)
+    plan.depth_points == 4 ? join_depth<Winograd2>(s, t, grad_slices, grad_x)
+                           : join_depth<Winograd4>(s, t, grad_slices, grad_x);
 }
 
 }  // namespace INTERFUSE_ISA

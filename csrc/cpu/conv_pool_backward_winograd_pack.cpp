@@ -15,7 +15,8 @@ struct WindowSource {
   OutputGradient<T> gradient;
   const uint8_t* index;
 
-  explicit WindowSource(const BackwardPlan& plan) : gradient(plan), index(plan.p->index_count() ? plan.a->index : nullptr) {}
+  explicit WindowSource(const BackwardPlan& plan)
+      : gradient(plan), index(plan.p->index_count() ? plan.a->index : nullptr) {}
   // Where relu let nothing through, the gradient is zero and the place may be anything.
   INTERFUSE_INLINE void take(int64_t at, int64_t n, Vec* value, Vec* place) const {
     const IVec taken = index ? load_index(index + at, static_cast<int>(least(n, kLanes))) : IVec{};
@@ -26,8 +27,8 @@ struct WindowSource {
 };
 
 template <class T>
-void row_of_pixels(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first, int64_t channels, int64_t run,
-                   float* values, float* places) {
+void row_of_pixels(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first,
+                   int64_t channels, int64_t run, float* values, float* places) {
   for (int64_t w = 0; w < run; ++w)
     for (int64_t k = 0; k < channels; k += kLanes) {
       Vec value, place;
@@ -38,8 +39,8 @@ void row_of_pixels(const BackwardPlan& plan, const WindowSource<T>& source, int6
 }
 
 template <class T>
-void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first, int64_t channels, int64_t run,
-                   float* values, float* places) {
+void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, int64_t k_lanes, int64_t first,
+                   int64_t channels, int64_t run, float* values, float* places) {
   const int64_t plane = plan.p->out.volume();
   for (int64_t k = 0; k < channels; k += kLanes)
     for (int64_t w = 0; w < run; w += kLanes) {
@@ -58,14 +59,16 @@ void row_of_planes(const BackwardPlan& plan, const WindowSource<T>& source, int6
 }
 
 template <class T>
-void row_as(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, float* places) {
+void row_as(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values,
+            float* places) {
   const WindowSource<T> source(plan);
   plan.p->channels_last ? row_of_pixels(plan, source, k_lanes, first, channels, run, values, places)
                         : row_of_planes(plan, source, k_lanes, first, channels, run, values, places);
 }
 
 template <class T>
-void windows_as(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel, int64_t channels, float* values, float* places) {
+void windows_as(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel, int64_t channels,
+                float* values, float* places) {
   const ConvPool& p = *plan.p;
   const int64_t row = t.windows[2] * t.k_lanes, w = t.first_window[2];
   for (int64_t n = s.image; n < s.image + s.images; ++n)
@@ -93,10 +96,12 @@ void pack_weight_as(const BackwardPlan& plan, int thread, int threads) {
       Vec taken[taps] = {}, made[points];
       for (int64_t lane = 0; lane < least(kLanes, p.group_in - c); ++lane) {
         const T* from = static_cast<const T*>(plan.a->weight) + i * p.group_in * taps + (c + lane) * p.ws.c;
-        for (int tap = 0; tap < taps; ++tap) reinterpret_cast<float*>(taken + tap)[lane] = to_float(from[tap * p.ws.tap]);
+        for (int tap = 0; tap < taps; ++tap)
+          reinterpret_cast<float*>(taken + tap)[lane] = to_float(from[tap * p.ws.tap]);
       }
       weight_tile<Axis>(taken, made, 1);
-      const int64_t panel = c / plan.panel * plan.panel, width = least(plan.panel, plan.lanes - panel), step = p.group_out * plan.lanes;
+      const int64_t panel = c / plan.panel * plan.panel, width = least(plan.panel, plan.lanes - panel),
+                    step = p.group_out * plan.lanes;
       float* to = plan.packed_weight + group * points * step + panel * p.group_out + k * width + c - panel;
       for (int point = 0; point < points; ++point, to += step) store(to, made[point]);
     }
@@ -109,7 +114,8 @@ INTERFUSE_INLINE void weight_of_points(const Vec* points, Vec* taps) {
   Vec slices[Axis::points][9];
   for (int s = 0; s < Axis::points; ++s) {
     Vec rows[3][kTileIn];
-    for (int v = 0; v < kTileIn; ++v) weight_transposed_along<Winograd4>(points + s * kPlane + v, kTileIn, &rows[0][v], kTileIn);
+    for (int v = 0; v < kTileIn; ++v)
+      weight_transposed_along<Winograd4>(points + s * kPlane + v, kTileIn, &rows[0][v], kTileIn);
     for (int r = 0; r < 3; ++r) weight_transposed_along<Winograd4>(rows[r], 1, slices[s] + r * 3, 1);
   }
   for (int i = 0; i < 9; ++i) weight_transposed_along<Axis>(slices[0] + i, 9, taps + i, 9);
@@ -134,7 +140,8 @@ bool store_weight_gradient_as(const BackwardPlan& plan, int parts, int thread, i
       for (int tap = 0; tap < taps; ++tap) check = multiply_add(made[tap], zero(), check);
       T* to = static_cast<T*>(plan.a->grad_weight) + i * p.group_in * taps + c * p.ws.c;
       for (int64_t lane = 0; lane < least(kLanes, p.group_in - c); ++lane)
-        for (int tap = 0; tap < taps; ++tap) put(to + lane * p.ws.c + tap * p.ws.tap, reinterpret_cast<const float*>(made + tap)[lane]);
+        for (int tap = 0; tap < taps; ++tap)
+          put(to + lane * p.ws.c + tap * p.ws.tap, reinterpret_cast<const float*>(made + tap)[lane]);
     }
   return is_finite(check);
 }
@@ -149,16 +156,20 @@ constexpr TileKernel kernels_of(bool bf16) {
 
 TileKernel tile_kernel(const BackwardPlan& plan) {
   const bool bf16 = plan.p->dtype == INTERFUSE_BFLOAT16;
-  return plan.depth_points == 1 ? kernels_of<Winograd1>(bf16) : plan.depth_points == 4 ? kernels_of<Winograd2>(bf16) : kernels_of<Winograd4>(bf16);
+  return plan.depth_points == 1   ? kernels_of<Winograd1>(bf16)
+         : plan.depth_points == 4 ? kernels_of<Winograd2>(bf16)
+                                  : kernels_of<Winograd4>(bf16);
 }
 
-void window_row(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values, int32_t* places) {
+void window_row(const BackwardPlan& plan, int64_t first, int64_t channels, int64_t run, int64_t k_lanes, float* values,
+                int32_t* places) {
   float* as_floats = reinterpret_cast<float*>(places);
   plan.p->dtype == INTERFUSE_FLOAT32 ? row_as<float>(plan, first, channels, run, k_lanes, values, as_floats)
                                      : row_as<uint16_t>(plan, first, channels, run, k_lanes, values, as_floats);
 }
 
-void window_gradients(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel, int64_t channels, float* values, int32_t* places) {
+void window_gradients(const BackwardPlan& plan, const Strip& s, const TileStrip& t, int64_t first_channel,
+                      int64_t channels, float* values, int32_t* places) {
   float* as_floats = reinterpret_cast<float*>(places);
   plan.p->dtype == INTERFUSE_FLOAT32 ? windows_as<float>(plan, s, t, first_channel, channels, values, as_floats)
                                      : windows_as<uint16_t>(plan, s, t, first_channel, channels, values, as_floats);

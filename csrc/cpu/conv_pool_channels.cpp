@@ -53,7 +53,8 @@ double row_cost(int64_t width, int vectors) {
 
 double group_cost(const ConvPool& p, int vectors) {
   const int64_t needed = ceil_div(p.group_out, kLanes), whole = needed / vectors, rest = needed % vectors;
-  return static_cast<double>(whole) * row_cost(p.conv.w, vectors) + (rest ? row_cost(p.conv.w, static_cast<int>(rest)) : 0);
+  return static_cast<double>(whole) * row_cost(p.conv.w, vectors) +
+         (rest ? row_cost(p.conv.w, static_cast<int>(rest)) : 0);
 }
 
 int choose_vectors(const ConvPool& p) {
@@ -146,8 +147,8 @@ struct Work {
 };
 
 // Sums of the convolution's pixels in `box`, rows [first, box.to.h) of it; earlier rows are there already.
-void convolve(const Plan& plan, const Shared& shared, const float* origin, const float* packed, const float* bias, int vectors,
-              const Sums& sums, int64_t first) {
+void convolve(const Plan& plan, const Shared& shared, const float* origin, const float* packed, const float* bias,
+              int vectors, const Sums& sums, int64_t first) {
   const ConvPool& p = plan.p;
   const Box& box = sums.box;
   const int lanes = vectors * kLanes;
@@ -159,7 +160,8 @@ void convolve(const Plan& plan, const Shared& shared, const float* origin, const
     const float* weight = packed + begin * lanes;
     for (int64_t d = box.from.d; d < box.to.d; ++d)
       for (int64_t h = first; h < box.to.h; ++h) {
-        const float* x = origin + (d - box.from.d) * p.stride.d * plan.view.d + (h - box.from.h) * p.stride.h * plan.view.h;
+        const float* x =
+            origin + (d - box.from.d) * p.stride.d * plan.view.d + (h - box.from.h) * p.stride.h * plan.view.h;
         float* to = sums.at(d, h, box.from.w);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t pixels = t < large ? small + 1 : small;
@@ -192,12 +194,13 @@ void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, c
     const Panel panel{job.image, job.group * p.group_out + begin, static_cast<int>(ceil_div(channels, kLanes)),
                       static_cast<int>(channels)};
     const int64_t which = job.group * plan.panels + i;
-    finish_in_parts<T>(p, a, panel, job.out, plan.rows, plan.one_block(), work.parts, [&](const Sums& sums, int64_t first) {
-      const float* at = origin + (sums.box.from.d - conv.from.d) * p.stride.d * plan.view.d +
-                        (sums.box.from.h - conv.from.h) * p.stride.h * plan.view.h;
-      convolve(plan, shared, at, shared.packed + which * plan.panel_size(), shared.bias + which * plan.vectors * kLanes,
-               panel.vectors, sums, first);
-    });
+    finish_in_parts<T>(p, a, panel, job.out, plan.rows, plan.one_block(), work.parts,
+                       [&](const Sums& sums, int64_t first) {
+                         const float* at = origin + (sums.box.from.d - conv.from.d) * p.stride.d * plan.view.d +
+                                           (sums.box.from.h - conv.from.h) * p.stride.h * plan.view.h;
+                         convolve(plan, shared, at, shared.packed + which * plan.panel_size(),
+                                  shared.bias + which * plan.vectors * kLanes, panel.vectors, sums, first);
+                       });
   }
 }
 
@@ -206,8 +209,8 @@ void pack(const Plan& plan, const ConvPoolForward& a, float* packed, int64_t whi
   const ConvPool& p = plan.p;
   const int64_t begin = which % plan.panels * plan.vectors * kLanes, first = which / plan.panels * p.group_out + begin;
   const int64_t channels = least(plan.vectors * kLanes, p.group_out - begin);
-  pack_panel(plan.order, static_cast<const T*>(a.weight) + first * plan.order.depth(), static_cast<int>(ceil_div(channels, kLanes)),
-             channels, packed + which * plan.panel_size());
+  pack_panel(plan.order, static_cast<const T*>(a.weight) + first * plan.order.depth(),
+             static_cast<int>(ceil_div(channels, kLanes)), channels, packed + which * plan.panel_size());
 }
 
 // A small weight is packed for every call; looking for a pack of it would take as long.
@@ -231,7 +234,13 @@ PackKey pack_key(const Plan& plan, const ConvPoolForward& a, int threads) {
   const ConvPool& p = plan.p;
   const int64_t bytes = p.out_channels * plan.order.depth() * (p.dtype == INTERFUSE_FLOAT32 ? 4 : 2);
   uint64_t kind = 0x6368616e6e656c73u + kLanes;
-  const int64_t parts[] = {p.dtype,          p.groups, p.group_out, plan.vectors, plan.order.channels, plan.order.taps, plan.order.channel_block,
+  const int64_t parts[] = {p.dtype,
+                           p.groups,
+                           p.group_out,
+                           plan.vectors,
+                           plan.order.channels,
+                           plan.order.taps,
+                           plan.order.channel_block,
                            plan.order.taps_outside};
   for (int64_t part : parts) kind = hash_mix(kind ^ static_cast<uint64_t>(part));
   return {a.weight, kind, content_hash(a.weight, bytes, threads)};
@@ -246,7 +255,8 @@ void fill_offsets(const Plan& plan, int32_t* offsets) {
       for (int64_t j = 0; j < p.kernel.h; ++j)
         for (int64_t l = 0; l < p.kernel.w; ++l)
           for (int64_t c = begin; c < end; ++c)
-            *offsets++ = static_cast<int32_t>(c * s.c + i * p.dilation.d * s.d + j * p.dilation.h * s.h + l * p.dilation.w * s.w);
+            *offsets++ = static_cast<int32_t>(c * s.c + i * p.dilation.d * s.d + j * p.dilation.h * s.h +
+                                              l * p.dilation.w * s.w);
   }
 }
 
@@ -256,7 +266,8 @@ void fill_bias(const Plan& plan, const ConvPoolForward& a, float* bias) {
   const T* from = static_cast<const T*>(a.bias);
   const int64_t step = plan.panels * plan.vectors * kLanes;
   for (int64_t group = 0; group < p.groups; ++group)
-    for (int64_t i = 0; i < step; ++i) bias[group * step + i] = from && i < p.group_out ? to_float(from[group * p.group_out + i]) : 0.f;
+    for (int64_t i = 0; i < step; ++i)
+      bias[group * step + i] = from && i < p.group_out ? to_float(from[group * p.group_out + i]) : 0.f;
 }
 
 template <class T>
@@ -289,7 +300,8 @@ void forward(const ConvPool& problem, const ConvPoolForward& a, int threads, int
   fill_bias<T>(plan, a, bias);
   if (cached) {
     PackJob job{plan, a, threads};
-    const Pack weight(pack_key(plan, a, threads), static_cast<size_t>(weight_floats) * sizeof(float), fill_pack<T>, &job);
+    const Pack weight(pack_key(plan, a, threads), static_cast<size_t>(weight_floats) * sizeof(float), fill_pack<T>,
+                      &job);
     return run_jobs<T>(plan, a, {static_cast<const float*>(weight.data()), bias, offsets}, threads);
   }
   float* packed = bias + bias_floats;
@@ -300,7 +312,8 @@ void forward(const ConvPool& problem, const ConvPoolForward& a, int threads, int
 }  // namespace
 
 void conv_pool_channels(const ConvPool& p, const ConvPoolForward& a, int threads, int64_t pixel_step) {
-  p.dtype == INTERFUSE_FLOAT32 ? forward<float>(p, a, threads, pixel_step) : forward<uint16_t>(p, a, threads, pixel_step);
+  p.dtype == INTERFUSE_FLOAT32 ? forward<float>(p, a, threads, pixel_step)
+                               : forward<uint16_t>(p, a, threads, pixel_step);
 }
 
 double conv_pool_channels_cost(const ConvPool& p) { return group_cost(p, choose_vectors(p)); }

@@ -29,7 +29,8 @@ struct Winner {
   IVec place;
 };
 
-INTERFUSE_INLINE Winner window_winner(const ConvPool& p, const Window& r, const Sums& values, const float* before, int lane) {
+INTERFUSE_INLINE Winner window_winner(const ConvPool& p, const Window& r, const Sums& values, const float* before,
+                                      int lane) {
   Winner best{};
   bool first = true;
   for (int64_t d = r.d0; d < r.d1; ++d)
@@ -149,14 +150,15 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
 // ---- a box and a panel, a few rows at a time -----------------------------------------------------------------------
 
 struct PartsWork {
-  float *sums, *activated, *row;  // of a part: its sums, as many again where keeps_activated(), and FinishScratch's rows
+  float *sums, *activated,
+      *row;  // of a part: its sums, as many again where keeps_activated(), and FinishScratch's rows
 };
 
 // convolve(sums, first) forms the sums of the pixels in sums.box from row `first` on; earlier rows are there already.
 // `by_rows`: in parts of `rows` output rows, else the whole box at once.
 template <class T, class Convolve>
-void finish_in_parts(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, const Box& out, int64_t rows, bool by_rows,
-                     const PartsWork& work, Convolve&& convolve) {
+void finish_in_parts(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, const Box& out, int64_t rows,
+                     bool by_rows, const PartsWork& work, Convolve&& convolve) {
   const Triple own = first_owned(p, out);
   Box part = out;
   for (int64_t d = out.from.d; d < out.to.d; d = part.to.d) {
@@ -171,7 +173,8 @@ void finish_in_parts(const ConvPool& p, const ConvPoolForward& a, const Panel& p
       const bool overlap = have > box.from.h;
       if (overlap) {
         const int64_t row = (box.to.w - box.from.w) * panel.lanes();
-        const int64_t kept = have - box.from.h, old_rows = before.to.h - before.from.h, new_rows = box.to.h - box.from.h;
+        const int64_t kept = have - box.from.h, old_rows = before.to.h - before.from.h,
+                      new_rows = box.to.h - box.from.h;
         for (int64_t i = 0; i < box.to.d - box.from.d; ++i)
           memmove(work.sums + i * new_rows * row, work.sums + (i * old_rows + (box.from.h - before.from.h)) * row,
                   static_cast<size_t>(kept * row) * sizeof(float));

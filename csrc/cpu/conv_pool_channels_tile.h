@@ -19,8 +19,8 @@ constexpr int most_pixels(int vectors) {
 }
 
 // sums[q][v] = start[q * start_step + v] + sum over k of x[q * step + offsets[k]] * weight[k][v].
-// `start` is the bias (start_step 0) or the sums so far. It is added at the end: chains of rounding are then as short as
-// a block of the reduction.
+// `start` is the bias (start_step 0) or the sums so far. It is added at the end: chains of rounding are then as short
+// as a block of the reduction.
 using Tile = void (*)(const float* x, int64_t step, const int32_t* offsets, int64_t depth, const float* weight,
                       const float* start, int64_t start_step, float* sums);
 

@@ -22,12 +22,12 @@ constexpr bool tile_fits(int rows, int vectors, int channels) {
 
 // sums[channel][row][column] = bias + sum over k of x[row * row_step + offsets[k] + column] * weight[k][channel].
 // The bias is the weight's first step.
-using ColumnTile = void (*)(const float* x, int64_t row_step, const int32_t* offsets, int64_t depth, const float* weight,
-                            float* sums, int64_t channel_step, int64_t pitch);
+using ColumnTile = void (*)(const float* x, int64_t row_step, const int32_t* offsets, int64_t depth,
+                            const float* weight, float* sums, int64_t channel_step, int64_t pitch);
 
 template <int Rows, int Vectors, int Channels>
-void column_tile(const float* x, int64_t row_step, const int32_t* offsets, int64_t depth, const float* weight, float* sums,
-                 int64_t channel_step, int64_t pitch) {
+void column_tile(const float* x, int64_t row_step, const int32_t* offsets, int64_t depth, const float* weight,
+                 float* sums, int64_t channel_step, int64_t pitch) {
   constexpr int kPixels = Rows * Vectors;
   Vec sum[kPixels][Channels];
 #pragma GCC unroll 16
@@ -73,11 +73,18 @@ constexpr ColumnTile column_tile_or_none() {
   else
     return nullptr;
 }
-#define INTERFUSE_TILES(r, m) \
-  {column_tile_or_none<r, 1, m>(), column_tile_or_none<r, 2, m>(), column_tile_or_none<r, 3, m>(), column_tile_or_none<r, 4, m>()}
-#define INTERFUSE_ALL_TILES(r) \
-  {INTERFUSE_TILES(r, 1), INTERFUSE_TILES(r, 2), INTERFUSE_TILES(r, 3), INTERFUSE_TILES(r, 4), INTERFUSE_TILES(r, 5), INTERFUSE_TILES(r, 6)}
-constexpr ColumnTile kColumnTiles[kMostRows][kMostChannels][kMostColumnVectors] = {INTERFUSE_ALL_TILES(1), INTERFUSE_ALL_TILES(2)};
+#define INTERFUSE_TILES(r, m)                                                                       \
+  {                                                                                                 \
+    column_tile_or_none<r, 1, m>(), column_tile_or_none<r, 2, m>(), column_tile_or_none<r, 3, m>(), \
+        column_tile_or_none<r, 4, m>()                                                              \
+  }
+#define INTERFUSE_ALL_TILES(r)                                                                                         \
+  {                                                                                                                    \
+    INTERFUSE_TILES(r, 1), INTERFUSE_TILES(r, 2), INTERFUSE_TILES(r, 3), INTERFUSE_TILES(r, 4), INTERFUSE_TILES(r, 5), \
+        INTERFUSE_TILES(r, 6)                                                                                          \
+  }
+constexpr ColumnTile kColumnTiles[kMostRows][kMostChannels][kMostColumnVectors] = {INTERFUSE_ALL_TILES(1),
+                                                                                   INTERFUSE_ALL_TILES(2)};
 #undef INTERFUSE_TILES
 #undef INTERFUSE_ALL_TILES
 
@@ -170,7 +177,8 @@ void pack(const Plan& plan, const ConvPoolForward& a, int64_t group, float* pack
     for (int64_t m = 0; m < channels; ++m) *packed++ = bias ? to_float(bias[m]) : 0.f;
     for (int64_t c = 0; c < p.group_in; ++c)
       for (int64_t tap = 0; tap < p.kernel.volume(); ++tap)
-        for (int64_t m = 0; m < channels; ++m) *packed++ = to_float(weight[m * plan.depth + c * p.ws.c + tap * p.ws.tap]);
+        for (int64_t m = 0; m < channels; ++m)
+          *packed++ = to_float(weight[m * plan.depth + c * p.ws.c + tap * p.ws.tap]);
   }
 }
 
@@ -194,8 +202,8 @@ void convolve(const Plan& plan, const int32_t* offsets, const float* origin, con
       const int64_t tiles = ceil_div(vectors, wide);
       for (int64_t t = 0, v = 0; t < tiles; ++t) {
         const int64_t next = (t + 1) * vectors / tiles;
-        kColumnTiles[rows - 1][channels - 1][next - v - 1](x + v * kLanes, p.stride.h * s.h, offsets, plan.depth, weight,
-                                                           to + v * kLanes, channel_step, sums.pitch);
+        kColumnTiles[rows - 1][channels - 1][next - v - 1](x + v * kLanes, p.stride.h * s.h, offsets, plan.depth,
+                                                           weight, to + v * kLanes, channel_step, sums.pitch);
         v = next;
       }
       h += rows;
@@ -239,7 +247,8 @@ void forward(const ConvPool& p, const ConvPoolForward& a, int threads) {
   int32_t* offsets = reinterpret_cast<int32_t*>(memory);
   float* packed = memory + offset_floats;
   fill_offsets(plan, offsets);
-  for (int64_t group = 0; group < p.groups; ++group) pack<T>(plan, a, group, packed + group * p.group_out * (plan.depth + 1));
+  for (int64_t group = 0; group < p.groups; ++group)
+    pack<T>(plan, a, group, packed + group * p.group_out * (plan.depth + 1));
   const int64_t jobs = plan.cut.jobs(p);
   parallel(static_cast<int>(least(threads, jobs)), [&](int thread, int count) {
     const int64_t channels = ceil_div(p.group_out, plan.blocks), activated = keeps_activated(p) ? plan.channel_step : 0;
@@ -253,7 +262,8 @@ void forward(const ConvPool& p, const ConvPoolForward& a, int threads) {
     work.scratch.pre = work.scratch.index + plan.row_count;
     work.copy = scratch_floats(Slot::tiles, plan.copy_count);
     const Range mine = share(jobs, thread, count);
-    for (int64_t job = mine.begin; job < mine.end; ++job) run_job<T>(plan, a, packed, offsets, job_at(p, plan.cut, job), work);
+    for (int64_t job = mine.begin; job < mine.end; ++job)
+      run_job<T>(plan, a, packed, offsets, job_at(p, plan.cut, job), work);
   });
 }
 
@@ -274,8 +284,10 @@ double conv_pool_columns_cost(const ConvPool& p) {
   const double step = most_of(products, loads, 4.0) + 0.05 * (pixels + channels);
   // Into channels-last memory a row goes element by element, each to a line of its own.
   const double pooled = static_cast<double>(p.out.volume()) / static_cast<double>(p.conv.volume());
-  const double scattered = p.channels_last && p.out_channels > 1 ? 2 * pooled * static_cast<double>(p.conv.w * p.group_out) : 0;
-  return step * static_cast<double>(tiles * blocks) / rows + scattered / static_cast<double>(p.group_in * p.kernel.volume());
+  const double scattered =
+      p.channels_last && p.out_channels > 1 ? 2 * pooled * static_cast<double>(p.conv.w * p.group_out) : 0;
+  return step * static_cast<double>(tiles * blocks) / rows +
+         scattered / static_cast<double>(p.group_in * p.kernel.volume());
 }
 
 }  // namespace INTERFUSE_ISA

@@ -40,8 +40,8 @@ struct ColumnScratch {
 // Windows of outputs [begin, end) of a row: inside the convolution along w, so that one vector covers kLanes of them.
 // Instantiated per pooling; Save: the winner's place and value before the activation.
 template <int Pool, bool Save>
-void pool_columns(const ConvPool& p, const Window& r, const Columns& values, const float* before, int64_t begin, int64_t end,
-                  int64_t base, const ColumnScratch& scratch) {
+void pool_columns(const ConvPool& p, const Window& r, const Columns& values, const float* before, int64_t begin,
+                  int64_t end, int64_t base, const ColumnScratch& scratch) {
   const int64_t step = p.window_stride.w;
   for (int64_t w = begin; w < end; w += kLanes) {
     const int64_t column = w * step - p.window_pad.w - values.box.from.w;
@@ -78,8 +78,8 @@ void pool_columns(const ConvPool& p, const Window& r, const Columns& values, con
 }
 
 // One window that the convolution's edge cuts.
-INTERFUSE_INLINE void pool_edge(const ConvPool& p, const Window& r, const Columns& values, const float* before, int64_t at,
-                                const ColumnScratch& scratch) {
+INTERFUSE_INLINE void pool_edge(const ConvPool& p, const Window& r, const Columns& values, const float* before,
+                                int64_t at, const ColumnScratch& scratch) {
   float best = 0, z = 0, sum = 0;
   int32_t place = 0;
   bool first = true;

@@ -19,7 +19,8 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-// ---- the tile: neighbouring pixels of one vector of channels ---------------------------------------------------------
+// ---- the tile: neighbouring pixels of one vector of channels
+// ---------------------------------------------------------
 
 constexpr int kMostPixels = kRegisters >= 32 ? 14 : 8;
 
@@ -77,7 +78,8 @@ constexpr int64_t kDepthwiseCopyBytes = 160 << 10, kDepthwiseSumsBytes = 16 << 1
 // Without the third dimension the taps that lie inside are neighbours in the order of the weights.
 bool reads_in_place(const ConvPool& p) {
   const int64_t reach = (p.kernel.h - 1) * p.dilation.h * p.xs.h + (p.kernel.w - 1) * p.dilation.w * p.xs.w;
-  return p.dtype == INTERFUSE_FLOAT32 && p.xs.c == 1 && p.out_channels % kLanes == 0 && p.kernel.d == 1 && reach <= INT32_MAX;
+  return p.dtype == INTERFUSE_FLOAT32 && p.xs.c == 1 && p.out_channels % kLanes == 0 && p.kernel.d == 1 &&
+         reach <= INT32_MAX;
 }
 
 Strides copy_strides(const Triple& in, int64_t lanes) { return {1, in.h * in.w * lanes, in.w * lanes, lanes}; }
@@ -92,8 +94,9 @@ Plan make_plan(const ConvPool& p, int threads) {
   plan.taps = p.kernel.volume();
   plan.jobs.groups = ceil_div(p.out_channels, plan.lanes());
   auto input = [&](const Triple& outs) { return input_extents(p, conv_extents(p, outs)); };
-  plan.cut = cut_outputs(plan.jobs, threads, 1, false,
-                         [&](const Triple& outs) { return input(outs).volume() * plan.lanes() * 4 <= kDepthwiseCopyBytes; });
+  plan.cut = cut_outputs(plan.jobs, threads, 1, false, [&](const Triple& outs) {
+    return input(outs).volume() * plan.lanes() * 4 <= kDepthwiseCopyBytes;
+  });
   const Triple in = input(plan.cut.box);
   plan.view = plan.copies ? copy_strides(in, plan.lanes()) : Strides{1, p.xs.d, p.xs.h, p.xs.w};
   plan.copy_count = plan.copies ? in.volume() * plan.lanes() : 0;
@@ -114,7 +117,8 @@ INTERFUSE_INLINE Vec load_some(const T* from, int64_t count) {
 
 // `pixels` pixels of `channels` channels to [pixel][lanes]; the last vector's lanes without a channel become zero.
 template <class T>
-void copy_pixels(const T* from, int64_t channel_step, int64_t pixel_step, int64_t pixels, int channels, int64_t lanes, float* to) {
+void copy_pixels(const T* from, int64_t channel_step, int64_t pixel_step, int64_t pixels, int channels, int64_t lanes,
+                 float* to) {
   const int64_t vectors = ceil_div(channels, kLanes);
   if (channel_step == 1) {
     for (int64_t i = 0; i < pixels; ++i, from += pixel_step, to += lanes)
@@ -187,12 +191,14 @@ struct Row {
 };
 
 // Pixels [from, to) of the row, with `taps` taps from the first one on.
-void run_tiles(const Plan& plan, const int32_t* offsets, int64_t first, int64_t taps, const Row& row, int64_t from, int64_t to) {
-  const int64_t lanes = plan.lanes(), step = plan.p.stride.w * plan.view.w, width = to - from, tiles = ceil_div(width, kMostPixels);
+void run_tiles(const Plan& plan, const int32_t* offsets, int64_t first, int64_t taps, const Row& row, int64_t from,
+               int64_t to) {
+  const int64_t lanes = plan.lanes(), step = plan.p.stride.w * plan.view.w, width = to - from,
+                tiles = ceil_div(width, kMostPixels);
   for (int64_t t = 0, w = 0; t < tiles; ++t) {
     const int64_t next = (t + 1) * width / tiles;
-    kDepthwiseTiles[next - w](row.x + (from + w) * step, step, offsets + first, taps, row.weight + first * lanes, lanes, row.bias,
-                              row.sums + (from + w) * row.sums_step, row.sums_step);
+    kDepthwiseTiles[next - w](row.x + (from + w) * step, step, offsets + first, taps, row.weight + first * lanes, lanes,
+                              row.bias, row.sums + (from + w) * row.sums_step, row.sums_step);
     w = next;
   }
 }
@@ -207,7 +213,8 @@ void run_clipped(const Plan& plan, const int32_t* offsets, const Row& row, int64
   int64_t left = 0, right = width;
   while (left < width && !whole(left)) ++left;
   while (right > left && !whole(right - 1)) --right;
-  if (right > left) run_tiles(plan, offsets, rows.begin * p.kernel.w, (rows.end - rows.begin) * p.kernel.w, row, left, right);
+  if (right > left)
+    run_tiles(plan, offsets, rows.begin * p.kernel.w, (rows.end - rows.begin) * p.kernel.w, row, left, right);
   for (int64_t w = 0; w < width; ++w) {
     if (w == left) w = right;
     if (w == width) break;
@@ -217,8 +224,8 @@ void run_clipped(const Plan& plan, const int32_t* offsets, const Row& row, int64
     store(sums, load(start));
     for (int64_t j = rows.begin; j < rows.end; ++j, start = sums) {
       const int64_t first = j * p.kernel.w + taps.begin;
-      kDepthwiseTiles[1](row.x + w * step, 0, offsets + first, taps.end - taps.begin, row.weight + first * lanes, lanes, start, sums,
-                         row.sums_step);
+      kDepthwiseTiles[1](row.x + w * step, 0, offsets + first, taps.end - taps.begin, row.weight + first * lanes, lanes,
+                         start, sums, row.sums_step);
     }
   }
 }
@@ -244,7 +251,8 @@ void convolve(const Plan& plan, const Shared& shared, int64_t panel, const float
 }
 
 template <class T>
-void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, const Job& job, float* copy, const PartsWork& work) {
+void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, const Job& job, float* copy,
+             const PartsWork& work) {
   const ConvPool& p = plan.p;
   const int64_t begin = job.group * plan.lanes();
   const int channels = plan.channels(job.group);
@@ -253,7 +261,8 @@ void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, c
   const T* x = static_cast<const T*>(a.x) + job.image * p.xs.n + begin * p.xs.c;
   if (plan.copies) copy_panel(plan, x, from, input_extents(p, conv.size()), channels, copy);
   // In place means float32. The first tap may lie in the padding, where nothing is read.
-  const float* first_tap = plan.copies ? copy : reinterpret_cast<const float*>(x) + from.d * p.xs.d + from.h * p.xs.h + from.w * p.xs.w;
+  const float* first_tap =
+      plan.copies ? copy : reinterpret_cast<const float*>(x) + from.d * p.xs.d + from.h * p.xs.h + from.w * p.xs.w;
   const Panel panel{job.image, begin, static_cast<int>(ceil_div(channels, kLanes)), channels};
   finish_in_parts<T>(p, a, panel, job.out, plan.rows, true, work, [&](const Sums& sums, int64_t first) {
     convolve(plan, shared, job.group,
@@ -268,7 +277,8 @@ void fill_offsets(const Plan& plan, int32_t* offsets) {
   for (int64_t i = 0; i < p.kernel.d; ++i)
     for (int64_t j = 0; j < p.kernel.h; ++j)
       for (int64_t l = 0; l < p.kernel.w; ++l)
-        *offsets++ = static_cast<int32_t>(i * p.dilation.d * plan.view.d + j * p.dilation.h * plan.view.h + l * p.dilation.w * plan.view.w);
+        *offsets++ = static_cast<int32_t>(i * p.dilation.d * plan.view.d + j * p.dilation.h * plan.view.h +
+                                          l * p.dilation.w * plan.view.w);
 }
 
 template <class T>
@@ -284,8 +294,8 @@ void forward(const ConvPool& p, const ConvPoolForward& a, int threads) {
   for (int64_t i = 0; i < panels; ++i) {
     const T* from = a.bias ? static_cast<const T*>(a.bias) + i * lanes : nullptr;
     for (int64_t j = 0; j < lanes; ++j) bias[i * lanes + j] = from && j < plan.channels(i) ? to_float(from[j]) : 0.f;
-    pack_panel({1, plan.taps, 1}, static_cast<const T*>(a.weight) + i * lanes * plan.taps, plan.vectors, plan.channels(i),
-               packed + i * plan.taps * lanes);
+    pack_panel({1, plan.taps, 1}, static_cast<const T*>(a.weight) + i * lanes * plan.taps, plan.vectors,
+               plan.channels(i), packed + i * plan.taps * lanes);
   }
   const Shared shared{packed, bias, offsets};
   const int64_t jobs = plan.cut.jobs(plan.jobs);

@@ -94,12 +94,13 @@ INTERFUSE_INLINE Job job_at(const ConvPool& p, const Cut& cut, int64_t job) {
   at.image = next(p.batch);
   at.share = job;
   at.out.from = {d * cut.box.d, h * cut.box.h, w * cut.box.w};
-  at.out.to = {least(p.out.d, (d + 1) * cut.box.d), least(p.out.h, (h + 1) * cut.box.h), least(p.out.w, (w + 1) * cut.box.w)};
+  at.out.to = {least(p.out.d, (d + 1) * cut.box.d), least(p.out.h, (h + 1) * cut.box.h),
+               least(p.out.w, (w + 1) * cut.box.w)};
   return at;
 }
 
-// The largest boxes for which fits(box) holds: whole rows where they fit, then more rows, then more planes. Then smaller
-// ones, or shares of `panels`, until every thread has as much to do.
+// The largest boxes for which fits(box) holds: whole rows where they fit, then more rows, then more planes. Then
+// smaller ones, or shares of `panels`, until every thread has as much to do.
 template <class Fits>
 Cut cut_outputs(const ConvPool& p, int threads, int64_t panels, bool prefer_shares, Fits&& fits) {
   Triple box = {1, 1, p.out.w};

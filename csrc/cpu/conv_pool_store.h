@@ -33,8 +33,12 @@ INTERFUSE_INLINE void activate_run(const ConvPool& p, const float* from, float* 
   kRuns[p.activation](p.slope, from, to, count);
 }
 
-INTERFUSE_INLINE void store_some(float* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
-INTERFUSE_INLINE void store_some(uint16_t* to, Vec v, int count) { count == kLanes ? store(to, v) : store_first(to, v, count); }
+INTERFUSE_INLINE void store_some(float* to, Vec v, int count) {
+  count == kLanes ? store(to, v) : store_first(to, v, count);
+}
+INTERFUSE_INLINE void store_some(uint16_t* to, Vec v, int count) {
+  count == kLanes ? store(to, v) : store_first(to, v, count);
+}
 // The index travels as integers in float lanes.
 INTERFUSE_INLINE void store_some(uint8_t* to, Vec v, int count) { store_bytes(to, (IVec)v, count); }
 INTERFUSE_INLINE void put_bits(float* to, float v) { *to = v; }
@@ -62,7 +66,8 @@ void put_pixels(T* tensor, const ConvPool& p, const Triple& size, const Panel& p
   if (p.channels_last) {
     for (int64_t i = 0; i < pixels; ++i, to += p.out_channels, row += lanes)
       for (int v = 0; v < panel.vectors; ++v)
-        store_some(to + v * kLanes, load(row + v * kLanes), static_cast<int>(least(kLanes, panel.channels - v * kLanes)));
+        store_some(to + v * kLanes, load(row + v * kLanes),
+                   static_cast<int>(least(kLanes, panel.channels - v * kLanes)));
     return;
   }
   const int64_t plane = size.volume();
@@ -94,7 +99,8 @@ void put_channel(T* tensor, const ConvPool& p, const Triple& size, int64_t image
     for (int64_t i = 0; i < pixels; ++i) put_bits(to + i * p.out_channels, row[i]);
     return;
   }
-  for (int64_t i = 0; i < pixels; i += kLanes) store_some(to + i, load(row + i), static_cast<int>(least(kLanes, pixels - i)));
+  for (int64_t i = 0; i < pixels; i += kLanes)
+    store_some(to + i, load(row + i), static_cast<int>(least(kLanes, pixels - i)));
 }
 
 }  // namespace INTERFUSE_ISA

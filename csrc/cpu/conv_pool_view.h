@@ -49,7 +49,8 @@ INTERFUSE_INLINE Span span_of(int64_t from, int64_t size, int64_t extent) {
 // Positions [from, from + size) of one image and group (`x` is its first element) as [d][h][w][c]; x has unit stride
 // along c.
 template <class T>
-void copy_interleaved(const ConvPool& p, const T* x, const Triple& from, const Triple& size, float* to, const Strides& s) {
+void copy_interleaved(const ConvPool& p, const T* x, const Triple& from, const Triple& size, float* to,
+                      const Strides& s) {
   const Span span = span_of(from.w, size.w, p.in.w);
   const int64_t run = p.group_in;
   for (int64_t d = 0; d < size.d; ++d)
@@ -80,7 +81,8 @@ struct PlanarCopy {
 
 // Rows of x with unit stride along c: a block of channels times pixels is transposed at a time.
 template <class T>
-void transpose_row(const T* source, int64_t pixel_step, int64_t pixels, int64_t channels, float* to, int64_t channel_step) {
+void transpose_row(const T* source, int64_t pixel_step, int64_t pixels, int64_t channels, float* to,
+                   int64_t channel_step) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int lanes = static_cast<int>(least(kLanes, channels - c));
     for (int64_t i = 0; i < pixels; i += kLanes) {
@@ -104,7 +106,8 @@ void transpose_row(const T* source, int64_t pixel_step, int64_t pixels, int64_t 
 }
 
 template <class T>
-void copy_planar(const ConvPool& p, const T* x, const Triple& from, const Triple& size, float* to, const PlanarCopy& copy) {
+void copy_planar(const ConvPool& p, const T* x, const Triple& from, const Triple& size, float* to,
+                 const PlanarCopy& copy) {
   const Span span = span_of(from.w, size.w, p.in.w);
   const Strides& s = copy.s;
   const bool transposes = p.xs.w != 1 && p.xs.c == 1 && copy.phases == 1 && p.group_in > 1;

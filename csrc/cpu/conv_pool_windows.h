@@ -11,8 +11,8 @@ INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INTERFUSE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Offset of element (n, channel, d, h, w) in a dense tensor of `size` with `channels` channels.
-INTERFUSE_INLINE int64_t dense_offset(bool channels_last, int64_t channels, const Triple& size, int64_t n, int64_t channel,
-                                      int64_t d, int64_t h, int64_t w) {
+INTERFUSE_INLINE int64_t dense_offset(bool channels_last, int64_t channels, const Triple& size, int64_t n,
+                                      int64_t channel, int64_t d, int64_t h, int64_t w) {
   int64_t pixel = (d * size.h + h) * size.w + w;
   return channels_last ? (n * size.volume() + pixel) * channels + channel
                        : (n * channels + channel) * size.volume() + pixel;

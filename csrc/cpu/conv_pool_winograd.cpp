@@ -21,7 +21,9 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
   plan.depth_points = p.kernel.d == 1 ? 1 : plan.depth_tile + 2;
   plan.points = plan.depth_points * kPlane;
   // With pooling, results behind the last window are not needed.
-  const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t tile) { return (least(conv, out * window) + tile - 1) / tile; };
+  const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t tile) {
+    return (least(conv, out * window) + tile - 1) / tile;
+  };
   plan.tiles = {tiles(p.conv.d, p.out.d, p.window.d, plan.depth_tile), tiles(p.conv.h, p.out.h, p.window.h, kTile),
                 tiles(p.conv.w, p.out.w, p.window.w, kTile)};
   plan.all_tiles = p.batch * plan.tiles.volume();
@@ -80,8 +82,9 @@ void fill_pack(void* context, void* data) {
 PackKey pack_key(const ConvPool& p, const WinogradPlan& plan, const ConvPoolForward& a) {
   const int64_t bytes = p.out_channels * p.group_in * p.kernel.volume() * (p.dtype == INTERFUSE_FLOAT32 ? 4 : 2);
   uint64_t kind = 0x77696e6f67726164u + kLanes;
-  for (int64_t part : {static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.channels_last), static_cast<int64_t>(plan.depth_points),
-                       p.ws.c, p.groups, plan.channels, plan.filters, plan.chunk})
+  for (int64_t part :
+       {static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.channels_last), static_cast<int64_t>(plan.depth_points),
+        p.ws.c, p.groups, plan.channels, plan.filters, plan.chunk})
     kind = hash_mix(kind ^ static_cast<uint64_t>(part));
   return {a.weight, kind, content_hash(a.weight, bytes, a.threads)};
 }
@@ -95,7 +98,8 @@ void run_tiles(const WinogradCall& call, const WinogradKernel& kernel, Range til
     const int64_t count = least(plan.block, tiles.end - tile);
     for (int64_t group = 0; group < call.p.groups; ++group) {
       kernel.data(call, group, tile, count, 0, plan.channels, data);
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) kernel.finish(call, group, tile, count, chunk, data, product);
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+        kernel.finish(call, group, tile, count, chunk, data, product);
     }
   }
 }
@@ -127,9 +131,11 @@ void redo_broken(const WinogradCall& call) {
 void conv_pool_winograd(const ConvPool& p, const ConvPoolForward& a) {
   const WinogradPlan plan = make_plan(p, a.threads);
   const bool bf16 = p.dtype == INTERFUSE_BFLOAT16;
-  const WinogradKernel& kernel = p.channels_last ? *winograd_channels(bf16, plan.depth_tile) : *winograd_rows(bf16, plan.depth_tile);
+  const WinogradKernel& kernel =
+      p.channels_last ? *winograd_channels(bf16, plan.depth_tile) : *winograd_rows(bf16, plan.depth_tile);
   PackJob job{p, plan, kernel, a};
-  const Pack weight(pack_key(p, plan, a), static_cast<size_t>(p.groups * plan.weight_group()) * sizeof(float), fill_pack, &job);
+  const Pack weight(pack_key(p, plan, a), static_cast<size_t>(p.groups * plan.weight_group()) * sizeof(float),
+                    fill_pack, &job);
   uint8_t* broken = static_cast<uint8_t*>(scratch(Slot::flags, static_cast<size_t>(p.batch)));
   memset(broken, 0, static_cast<size_t>(p.batch));
   const WinogradCall call{p, plan, a, static_cast<const float*>(weight.data()), broken};

@@ -67,19 +67,29 @@ struct WinogradKernel {
   // Transforms the weight of all groups; thread of threads does its part.
   void (*weight)(const ConvPool&, const WinogradPlan&, const void* weight, float* packed, int thread, int threads);
   // Transforms channels first..last of a group for `count` tiles from `tile` on.
-  void (*data)(const WinogradCall&, int64_t group, int64_t tile, int64_t count, int64_t first, int64_t last, float* data);
+  void (*data)(const WinogradCall&, int64_t group, int64_t tile, int64_t count, int64_t first, int64_t last,
+               float* data);
   // Multiplies by one chunk of filters and finishes the outputs.
   void (*finish)(const WinogradCall&, int64_t group, int64_t tile, int64_t count, int64_t chunk, const float* data,
                  float* product);
 };
 
+// Of a layout's kernels, Layout::of<Axis, T>, the one for a depth tile and a data type.
+template <class Layout>
+INTERFUSE_INLINE const WinogradKernel* winograd_kernel(bool bf16, int depth_tile) {
+  switch (depth_tile) {
+    case 1: return bf16 ? &Layout::template of<Winograd1, uint16_t> : &Layout::template of<Winograd1, float>;
+    case 2: return bf16 ? &Layout::template of<Winograd2, uint16_t> : &Layout::template of<Winograd2, float>;
+    default: return bf16 ? &Layout::template of<Winograd4, uint16_t> : &Layout::template of<Winograd4, float>;
+  }
+}
 const WinogradKernel* winograd_rows(bool bf16, int depth_tile);      // contiguous tensors
 const WinogradKernel* winograd_channels(bool bf16, int depth_tile);  // channels-last tensors
 
 // product[tile][lane] = or += sum over k of data[tile][k] * weight[k][lane] for `count` tiles and a panel of `vectors`
 // (at most kPanelVectors); weight's rows lie side by side. data and product have room for whole register tiles.
-void multiply_panel(int64_t vectors, int64_t count, int64_t depth, const float* data, int64_t data_row, const float* weight, float* product,
-                    int64_t product_row, bool add);
+void multiply_panel(int64_t vectors, int64_t count, int64_t depth, const float* data, int64_t data_row,
+                    const float* weight, float* product, int64_t product_row, bool add);
 
 INTERFUSE_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 

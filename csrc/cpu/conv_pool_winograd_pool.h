@@ -19,6 +19,24 @@ struct TileFinish {
   Finish kind;
 };
 
+template <Finish Kind, bool Index>
+struct FinishAs {
+  static constexpr Finish kind = Kind;
+  static constexpr bool index = Index;
+};
+
+// Calls body(FinishAs) with what the tile wants as constants.
+template <class Body>
+INTERFUSE_INLINE void finish_as(const TileFinish& t, Body&& body) {
+  switch (t.kind) {
+    case Finish::plain: return body(FinishAs<Finish::plain, false>());
+    case Finish::any: return body(FinishAs<Finish::any, false>());
+    case Finish::max2x2:
+      if (t.index) return body(FinishAs<Finish::max2x2, true>());
+      return body(FinishAs<Finish::max2x2, false>());
+  }
+}
+
 inline TileFinish tile_finish(const ConvPool& p) {
   TileFinish t;
   t.f = {p.activation, p.slope};
@@ -29,7 +47,8 @@ inline TileFinish tile_finish(const ConvPool& p) {
   t.pre = p.pre_count() > 0;
   t.kind = Finish::any;
   if (p.pool == INTERFUSE_POOL_NONE) t.kind = Finish::plain;
-  const bool whole = p.out.d * p.window.d <= p.conv.d && p.out.h * p.window.h <= p.conv.h && p.out.w * p.window.w <= p.conv.w;
+  const bool whole =
+      p.out.d * p.window.d <= p.conv.d && p.out.h * p.window.h <= p.conv.h && p.out.w * p.window.w <= p.conv.w;
   if (t.maximum && t.late && whole && p.window.d <= 2 && p.window.h == 2 && p.window.w == 2) t.kind = Finish::max2x2;
   return t;
 }
@@ -71,13 +90,14 @@ INTERFUSE_INLINE IVec index_of(const TileFinish& t, const Vec& value, IVec place
 
 // Any window that divides the tile, of any pooling, for `limit` valid results per axis (fewer than the tile has where
 // ceil_mode lets the last window hang over). pooled, place and winner are indexed by the window: depth, height, width.
-inline void pool_any(const TileFinish& t, int depth_tile, const Triple& limit, const Vec* z, Vec bias, Vec* pooled, IVec* place,
-                     Vec* winner) {
+inline void pool_any(const TileFinish& t, int depth_tile, const Triple& limit, const Vec* z, Vec bias, Vec* pooled,
+                     IVec* place, Vec* winner) {
   const int64_t windows_h = kTile / t.window.h, windows_w = kTile / t.window.w;
   for (int64_t d = 0; d < depth_tile / t.window.d; ++d)
     for (int64_t h = 0; h < windows_h; ++h)
       for (int64_t w = 0; w < windows_w; ++w) {
-        const int64_t d1 = least(t.window.d, limit.d - d * t.window.d), h1 = least(t.window.h, limit.h - h * t.window.h);
+        const int64_t d1 = least(t.window.d, limit.d - d * t.window.d),
+                      h1 = least(t.window.h, limit.h - h * t.window.h);
         const int64_t w1 = least(t.window.w, limit.w - w * t.window.w), at = (d * windows_h + h) * windows_w + w;
         Vec best = zero(), best_z = zero(), sum = zero();
         IVec best_place = {};
@@ -85,7 +105,8 @@ inline void pool_any(const TileFinish& t, int depth_tile, const Triple& limit, c
         for (int64_t i = 0; i < d1; ++i)
           for (int64_t j = 0; j < h1; ++j)
             for (int64_t l = 0; l < w1; ++l) {
-              const Vec value_z = z[((d * t.window.d + i) * kTile + h * t.window.h + j) * kTile + w * t.window.w + l] + bias;
+              const Vec value_z =
+                  z[((d * t.window.d + i) * kTile + h * t.window.h + j) * kTile + w * t.window.w + l] + bias;
               const Vec value = activate_tile(t.f, value_z);
               sum += value;
               const IVec wins = first ? ~IVec{} : (IVec)(value > best);
@@ -123,7 +144,8 @@ INTERFUSE_INLINE void finish_plain(const Target& target, int64_t d, const Vec* z
   const Triple per{target.call.plan.depth_tile, kTile, kTile};
   for (int h = 0; h < kTile; ++h) {
     Vec before[kTile], after[kTile];
-    for (int w = 0; w < kTile; ++w) before[w] = z[h * kTile + w] + bias, after[w] = activate_tile(target.t.f, before[w]);
+    for (int w = 0; w < kTile; ++w)
+      before[w] = z[h * kTile + w] + bias, after[w] = activate_tile(target.t.f, before[w]);
     target.store_values(target.call.a.y, target.call.p.out, per, d, h, after);
     if (target.t.pre) target.store_values(target.call.a.pre, target.call.p.out, per, d, h, before);
   }
@@ -200,13 +222,15 @@ INTERFUSE_INLINE Vec finish_vector(const Target& target, const float* product, i
   if constexpr (depth > 1)
     for (int i = 0; i < kPlane; ++i) {
       Vec t[Axis::points], y[depth];
-      unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { t[s] = load(product + (s * kPlane + i) * plane); });
+      unrolled<Axis::points>([&](int s)
+                                 __attribute__((always_inline)) { t[s] = load(product + (s * kPlane + i) * plane); });
       Axis::output(t, y);
       unrolled<depth>([&](int s) __attribute__((always_inline)) { slices[s][i] = y[s]; });
     }
   const auto results = [&](int s, Vec* z) __attribute__((always_inline)) {
-    check = results_of_slice([&](int i) __attribute__((always_inline)) { return depth > 1 ? slices[s][i] : load(product + i * plane); },
-                             z, check);
+    check = results_of_slice(
+        [&](int i) __attribute__((always_inline)) { return depth > 1 ? slices[s][i] : load(product + i * plane); }, z,
+        check);
   };
   if constexpr (Kind == Finish::any) {
     Vec z[depth * kTile * kTile];

@@ -1,4 +1,5 @@
-// Winograd convolution with pooling for contiguous tensors: vectors run along the tiles of a row. Compiled once per ISA.
+// Winograd convolution with pooling for contiguous tensors: vectors run along the tiles of a row. Compiled once per
+// ISA.
 #include "common/parallel.h"
 #include "common/shuffle.h"
 #include "cpu/conv_pool_winograd.h"
@@ -13,7 +14,8 @@ constexpr int kWindowVectors = 5;  // a vector of tiles reads 4 * kLanes + 2 col
 // ---- the weight: packed[group][chunk][point][channel slice][filter row block][channel][row] -----------------------
 
 template <class Axis, class T>
-void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight, float* packed, int thread, int threads) {
+void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight, float* packed, int thread,
+                 int threads) {
   constexpr int taps = Axis::taps * 9, points = Axis::points * kPlane;
   const int64_t blocks = (plan.filters + kFilterRows - 1) / kFilterRows;
   const Range mine = share(p.groups * blocks, thread, threads);
@@ -25,11 +27,13 @@ void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight
     for (int64_t c = 0; c < plan.channels; ++c) {
       float taken[taps][kFilterRows] = {}, made[points][kFilterRows];
       for (int64_t r = 0; r < valid; ++r) {
-        const T* from = static_cast<const T*>(weight) + (group * plan.filters + filter + r) * plan.channels * taps + c * p.ws.c;
+        const T* from =
+            static_cast<const T*>(weight) + (group * plan.filters + filter + r) * plan.channels * taps + c * p.ws.c;
         for (int i = 0; i < taps; ++i) taken[i][r] = to_float(from[i * p.ws.tap]);
       }
       for (int r = 0; r < kFilterRows; ++r) weight_tile<Axis>(&taken[0][r], &made[0][r], kFilterRows);
-      const int64_t slice = c / plan.slice_depth() * plan.slice_depth(), depth = least(plan.slice_depth(), plan.channels - slice);
+      const int64_t slice = c / plan.slice_depth() * plan.slice_depth(),
+                    depth = least(plan.slice_depth(), plan.channels - slice);
       float* to = out + slice * rows + (in_chunk / kFilterRows * depth + c - slice) * kFilterRows;
       for (int i = 0; i < points; ++i, to += rows * plan.channels) memcpy(to, made[i], sizeof made[i]);
     }
@@ -44,7 +48,8 @@ class Window {
  public:
   Window() = default;
   Window(const ConvPool& p, const WinogradPlan& plan, const TileRun& run) {
-    const int64_t d = run.d * plan.depth_tile - p.pad_lo.d, h = run.h * kTile - p.pad_lo.h, w = run.w * kTile - p.pad_lo.w;
+    const int64_t d = run.d * plan.depth_tile - p.pad_lo.d, h = run.h * kTile - p.pad_lo.h,
+                  w = run.w * kTile - p.pad_lo.w;
     offset_ = run.n * p.xs.n + d * p.xs.d + h * p.xs.h + w;
     slice_ = p.xs.d, row_ = p.xs.h;
     for (int i = 0; i < plan.depth_points; ++i) slices_ |= (d + i >= 0 && d + i < p.in.d) << i;
@@ -78,7 +83,9 @@ class Window {
 
  private:
 #if defined(__AVX512F__)
-  static INTERFUSE_INLINE Vec load_masked(const float* p, __mmask16 lanes) { return (Vec)_mm512_maskz_loadu_ps(lanes, p); }
+  static INTERFUSE_INLINE Vec load_masked(const float* p, __mmask16 lanes) {
+    return (Vec)_mm512_maskz_loadu_ps(lanes, p);
+  }
   static INTERFUSE_INLINE Vec load_masked(const uint16_t* p, __mmask16 lanes) {
     typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
     typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
@@ -118,14 +125,17 @@ INTERFUSE_INLINE void transform_run(const Window<T>& window, const T* x, int64_t
     else store_first(to + point * plane, v, lanes);
   };
   if constexpr (Axis::points == 1) {
-    transform_slice([&](int r, int v) __attribute__((always_inline)) { return window.template load_part<Whole>(x, 0, r, v); },
-                    put_point);
+    transform_slice(
+        [&](int r, int v) __attribute__((always_inline)) { return window.template load_part<Whole>(x, 0, r, v); },
+        put_point);
   } else {
     Vec slices[Axis::points][kTileIn][kWindowVectors];
     for (int r = 0; r < kTileIn; ++r)
       for (int v = 0; v < kWindowVectors; ++v) {
         Vec d[Axis::points], t[Axis::points];
-        unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { d[s] = window.template load_part<Whole>(x, s, r, v); });
+        unrolled<Axis::points>([&](int s) __attribute__((always_inline)) {
+          d[s] = window.template load_part<Whole>(x, s, r, v);
+        });
         Axis::data(d, t);
         unrolled<Axis::points>([&](int s) __attribute__((always_inline)) { slices[s][r][v] = t[s]; });
       }
@@ -150,7 +160,8 @@ int cut(const WinogradPlan& plan, int64_t tile, int64_t count, bool alone, TileR
 }
 
 template <class Axis, class T>
-void transform_data(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t first, int64_t last, float* data) {
+void transform_data(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t first, int64_t last,
+                    float* data) {
   const ConvPool& p = call.p;
   const WinogradPlan& plan = call.plan;
   TileRun runs[kMostBlock];
@@ -177,18 +188,22 @@ void transform_data(const WinogradCall& call, int64_t group, int64_t tile, int64
 // ---- the products -------------------------------------------------------------------------------------------------
 
 template <int Vectors>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const float* weight, const float* data, int64_t data_row, float* product,
-                                             int64_t product_row, bool add) {
-  if (add) gemm_tile_store<kFilterRows, Vectors, true>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
-  else gemm_tile_store<kFilterRows, Vectors, false>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* weight, const float* data, int64_t data_row,
+                                             float* product, int64_t product_row, bool add) {
+  if (add)
+    gemm_tile_store<kFilterRows, Vectors, true>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
+  else
+    gemm_tile_store<kFilterRows, Vectors, false>(depth, weight, 1, kFilterRows, data, data_row, product, product_row);
 }
 
-void multiply(const WinogradPlan& plan, int64_t rows, int64_t vectors, const float* weight, const float* data, float* product) {
+void multiply(const WinogradPlan& plan, int64_t rows, int64_t vectors, const float* weight, const float* data,
+              float* product) {
   for (int point = 0; point < plan.points; ++point, data += plan.data_plane, product += plan.product_plane)
     for (int64_t c = 0; c < plan.channels; c += plan.slice_depth()) {
       const int64_t depth = least(plan.slice_depth(), plan.channels - c);
       for (int64_t v = 0; v < vectors;) {
-        const int64_t left = vectors - v, taken = left == kTileVectors + 1 ? kTileVectors - 1 : least(left, kTileVectors);
+        const int64_t left = vectors - v,
+                      taken = left == kTileVectors + 1 ? kTileVectors - 1 : least(left, kTileVectors);
         const auto tile = taken == 3 ? multiply_tile<kTileVectors> : taken == 2 ? multiply_tile<2> : multiply_tile<1>;
         for (int64_t r = 0; r < rows; r += kFilterRows)
           tile(depth, weight + r * depth, data + c * plan.data_row + v * kLanes, plan.data_row,
@@ -212,7 +227,8 @@ INTERFUSE_INLINE void store_row(T* to, Vec* v, int count, int64_t n) {
 }
 INTERFUSE_INLINE void store_index_row(uint8_t* to, IVec* v, int count, int64_t n) {
   interleave(v, count);
-  for (int i = 0; i < count && n > 0; ++i, n -= kLanes) store_bytes(to + i * kLanes, v[i], static_cast<int>(least(n, kLanes)));
+  for (int i = 0; i < count && n > 0; ++i, n -= kLanes)
+    store_bytes(to + i * kLanes, v[i], static_cast<int>(least(n, kLanes)));
 }
 
 // One filter's outputs under a run of tiles.
@@ -229,7 +245,8 @@ struct RowTarget {
     *n = at_d < size.d && at_h < size.h ? least(run.count * per.w, size.w - at_w) : 0;
     return (((run.n * call.p.out_channels + filter) * size.d + at_d) * size.h + at_h) * size.w + at_w;
   }
-  INTERFUSE_INLINE void store_values(void* to, const Triple& size, const Triple& per, int64_t d, int64_t h, Vec* v) const {
+  INTERFUSE_INLINE void store_values(void* to, const Triple& size, const Triple& per, int64_t d, int64_t h,
+                                     Vec* v) const {
     int64_t n;
     const int64_t at = place(size, per, d, h, &n);
     store_row(static_cast<T*>(to) + at, v, static_cast<int>(per.w), n);
@@ -242,16 +259,16 @@ struct RowTarget {
 };
 
 template <class Axis, class T, Finish Kind, bool Index>
-void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun* runs, int cuts, int64_t filter, int64_t filters,
-                    const float* product) {
+void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun* runs, int cuts, int64_t filter,
+                    int64_t filters, const float* product) {
   Vec checks[kMostBlock];
   for (int i = 0; i < cuts; ++i) checks[i] = zero();
   for (int64_t k = 0; k < filters; ++k) {
     const Vec bias = splat(call.a.bias ? to_float(static_cast<const T*>(call.a.bias)[filter + k]) : 0.f);
     for (int i = 0; i < cuts; ++i) {
       const RowTarget<T> target{call, t, runs[i], filter + k};
-      checks[i] = finish_vector<Axis, Kind, Index>(target, product + k * call.plan.product_row + runs[i].at, call.plan.product_plane,
-                                                   bias, checks[i]);
+      checks[i] = finish_vector<Axis, Kind, Index>(target, product + k * call.plan.product_row + runs[i].at,
+                                                   call.plan.product_plane, bias, checks[i]);
     }
   }
   for (int i = 0; i < cuts; ++i)
@@ -259,36 +276,30 @@ void finish_filters(const WinogradCall& call, const TileFinish& t, const TileRun
 }
 
 template <class Axis, class T>
-void finish_chunk(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t chunk, const float* data, float* product) {
+void finish_chunk(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t chunk,
+                  const float* data, float* product) {
   const WinogradPlan& plan = call.plan;
   const int64_t vectors = (count + kLanes - 1) / kLanes;
-  multiply(plan, chunk_filters(plan, chunk, kFilterRows), vectors, call.weight + group * plan.weight_group() + chunk * plan.weight_chunk(), data,
-           product);
+  multiply(plan, chunk_filters(plan, chunk, kFilterRows), vectors,
+           call.weight + group * plan.weight_group() + chunk * plan.weight_chunk(), data, product);
   const TileFinish t = tile_finish(call.p);
   TileRun runs[kMostBlock];
   const int cuts = cut(plan, tile, count, t.kind == Finish::any, runs);
-  const int64_t filter = chunk * plan.chunk, filters = least(plan.chunk, plan.filters - filter), at = group * plan.filters + filter;
-  switch (t.kind) {
-    case Finish::plain: return finish_filters<Axis, T, Finish::plain, false>(call, t, runs, cuts, at, filters, product);
-    case Finish::any: return finish_filters<Axis, T, Finish::any, false>(call, t, runs, cuts, at, filters, product);
-    case Finish::max2x2:
-      if (t.index) return finish_filters<Axis, T, Finish::max2x2, true>(call, t, runs, cuts, at, filters, product);
-      return finish_filters<Axis, T, Finish::max2x2, false>(call, t, runs, cuts, at, filters, product);
-  }
+  const int64_t filter = chunk * plan.chunk, filters = least(plan.chunk, plan.filters - filter),
+                at = group * plan.filters + filter;
+  finish_as(t, [&](auto as) __attribute__((always_inline)) {
+    finish_filters<Axis, T, decltype(as)::kind, decltype(as)::index>(call, t, runs, cuts, at, filters, product);
+  });
 }
 
-template <class Axis, class T>
-constexpr WinogradKernel kernel = {pack_weight<Axis, T>, transform_data<Axis, T>, finish_chunk<Axis, T>};
+struct Rows {
+  template <class Axis, class T>
+  static constexpr WinogradKernel of = {pack_weight<Axis, T>, transform_data<Axis, T>, finish_chunk<Axis, T>};
+};
 
 }  // namespace
 
-const WinogradKernel* winograd_rows(bool bf16, int depth_tile) {
-  switch (depth_tile) {
-    case 1: return bf16 ? &kernel<Winograd1, uint16_t> : &kernel<Winograd1, float>;
-    case 2: return bf16 ? &kernel<Winograd2, uint16_t> : &kernel<Winograd2, float>;
-    default: return bf16 ? &kernel<Winograd4, uint16_t> : &kernel<Winograd4, float>;
-  }
-}
+const WinogradKernel* winograd_rows(bool bf16, int depth_tile) { return winograd_kernel<Rows>(bf16, depth_tile); }
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

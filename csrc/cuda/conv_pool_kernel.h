@@ -180,7 +180,8 @@ conv_pool_forward(const ConvPool p, const T* x, const T* weight, const T* bias, 
       put(y + at, p.pool == INTERFUSE_POOL_AVG ? value / window_divisor(p, column) : value);
       if (p.pool == INTERFUSE_POOL_AVG) continue;
       if (pre) put(pre + at, best_z[r][s]);
-      if (index) index[at] = p.activation == INTERFUSE_RELU && value <= 0 ? kNoGradient : static_cast<uint8_t>(winner[r][s]);
+      if (index)
+        index[at] = p.activation == INTERFUSE_RELU && value <= 0 ? kNoGradient : static_cast<uint8_t>(winner[r][s]);
     }
   }
 }

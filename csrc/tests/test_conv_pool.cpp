@@ -69,11 +69,14 @@ const Problem kProblems[] = {
     {"3-D without padding", 1, 5, 7, 1, {6, 6, 7}, {3, 3, 3}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}, {1, 1, 1},
      INTERFUSE_NONE, kAvg, {2, 2, 2}, {2, 2, 2}, {0, 0, 0}, 0, 1, 1},
     // Enough tiles for Winograd's gradients.
-    {"3x3 relu max2 in groups, many images", 6, 34, 36, 2, {1, 13, 15}, {1, 3, 3}, {1, 1, 1}, {0, 0, 2}, {0, 1, 2}, {1, 1, 1},
+    {"3x3 relu max2 in groups, many images", 6, 34, 36, 2, {1, 13, 15}, {1, 3, 3}, {1, 1, 1}, {0, 0, 2}, {0, 1, 2},
+     {1, 1, 1},
      INTERFUSE_RELU, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 1},
-    {"3x3 tanh max2, more than one strip", 1, 17, 17, 1, {1, 42, 46}, {1, 3, 3}, {1, 1, 1}, {0, 1, 0}, {0, 0, 1}, {1, 1, 1},
+    {"3x3 tanh max2, more than one strip", 1, 17, 17, 1, {1, 42, 46}, {1, 3, 3}, {1, 1, 1}, {0, 1, 0}, {0, 0, 1},
+     {1, 1, 1},
      INTERFUSE_TANH, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 1},
-    {"1x3x3 with pooling, wide and low", 3, 16, 17, 1, {3, 5, 40}, {1, 3, 3}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}, {1, 1, 1},
+    {"1x3x3 with pooling, wide and low", 3, 16, 17, 1, {3, 5, 40}, {1, 3, 3}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0},
+     {1, 1, 1},
      INTERFUSE_RELU, kMax, {1, 2, 2}, {1, 2, 2}, {0, 0, 0}, 0, 1, 0},
     {"3-D without pooling, many images", 8, 16, 18, 1, {7, 6, 5}, {3, 3, 3}, {1, 1, 1}, {0, 1, 0}, {2, 1, 2}, {1, 1, 1},
      INTERFUSE_RELU, kNone, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, 0, 1, 1},
@@ -155,7 +158,8 @@ TEST(conv_pool_strided_input) {
     }
 }
 
-// The weight as (out, kernel..., in): the same bits as from the order (out, in, kernel...), and its gradient in its order.
+// The weight as (out, kernel..., in): the same bits as from the order (out, in, kernel...), and its gradient in its
+// order.
 TEST(conv_pool_weight_channels_last) {
   for (const Problem& problem : kProblems)
     for (bool channels_last : {false, true})
@@ -177,15 +181,17 @@ TEST(conv_pool_weight_channels_last) {
           interfuse_conv_pool_sizes(plan, conv, out);
           interfuse_conv_pool_saved(plan, &index_count, &pre_count);
           const NaiveConvPool naive(spec, conv, out);
-          Guarded<float> x(naive.x.count()), plain(naive.weight_count()), weight(plain.size()), y(naive.y.count()), pre(pre_count);
+          Guarded<float> x(naive.x.count()), plain(naive.weight_count()), weight(plain.size()), y(naive.y.count()),
+              pre(pre_count);
           Guarded<float> grad_y(y.size()), grad_x(x.size()), grad_weight(plain.size());
           Guarded<uint8_t> index(index_count);
           fill(x, Values::reals, 1), fill(plain, Values::reals, 2), fill(grad_y, Values::reals, 3);
           for (int64_t i = 0; i < plain.size(); ++i) weight[place(i)] = plain[i];
-          CHECK_EQUAL(interfuse_conv_pool_forward(plan, x.data(), weight.data(), nullptr, y.data(), index.data(), pre.data(), 2),
+          CHECK_EQUAL(interfuse_conv_pool_forward(plan, x.data(), weight.data(), nullptr, y.data(), index.data(),
+                                                  pre.data(), 2),
                       INTERFUSE_OK);
-          CHECK_EQUAL(interfuse_conv_pool_backward(plan, grad_y.data(), x.data(), weight.data(), y.data(), index.data(), pre.data(),
-                                                   grad_x.data(), grad_weight.data(), nullptr, 2),
+          CHECK_EQUAL(interfuse_conv_pool_backward(plan, grad_y.data(), x.data(), weight.data(), y.data(), index.data(),
+                                                   pre.data(), grad_x.data(), grad_weight.data(), nullptr, 2),
                       INTERFUSE_OK);
           for (const Guarded<float>* values : {&y, &grad_x})
             results[last].insert(results[last].end(), values->data(), values->data() + values->size());

@@ -169,7 +169,8 @@ TEST(conv_pool_backward_of_strips_beyond_32_bits) {
   CHECK_EQUAL(method_of(problem), std::string("sparse"));
   problem.input[0] = 300;
   CHECK_EQUAL(method_of(problem), std::string("planes"));
-  problem.pool = kNone, problem.pool_size[1] = problem.pool_size[2] = problem.pool_stride[1] = problem.pool_stride[2] = 1;
+  problem.pool = kNone,
+  problem.pool_size[1] = problem.pool_size[2] = problem.pool_stride[1] = problem.pool_stride[2] = 1;
   CHECK_EQUAL(method_of(problem), std::string("dense"));
   problem.input[0] = 2000;
   CHECK_EQUAL(method_of(problem), std::string("planes"));
