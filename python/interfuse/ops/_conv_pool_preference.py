@@ -69,10 +69,10 @@ def _in_inference(at: _Seen) -> str | None:
     wide = at.group_in >= 16
     if at.spatial == 1 and (at.group_in > 64 or at.taps >= 8) and not at.depthwise:
         return "1-d convolutions over more than 64 channels or with 8 taps and more, measured 0.69 to 1.6"
-    if at.winograd and at.plane < 100 and at.weights >= 1 << 20 and not at.last:
-        return "images of less than 100 pixels with more than a million weights, measured 0.80 to 0.88"
+    if at.winograd and at.pixels < 384 and at.plane < 100 and at.weights >= 1 << 20 and not at.last:
+        return "few images of less than 100 pixels with more than a million weights, measured 0.92 to 0.99"
     if at.pooled:
-        if wide and at.last and at.taps >= 25 and at.pixels >= 4096 and not (at.depthwise or at.winograd):
+        if wide and at.last and at.taps >= 25 and at.pixels >= 2048 and not (at.depthwise or at.winograd):
             return "kernels of 5x5 and more over many channels of channels-last tensors, measured 0.94 to 1.0"
         return None
     if at.depthwise:
@@ -81,9 +81,8 @@ def _in_inference(at: _Seen) -> str | None:
         if at.last and at.strided:
             return "strided depthwise convolutions of channels-last tensors, measured 0.71 to 1.0"
         return None
-    small_patches = at.group_in * at.taps < 256
-    if at.patches and (at.pixels >= 8192 if at.last and small_patches else at.last == small_patches):
-        return "small patches of channels-last tensors and large ones of others, measured 0.86 to 1.1"
+    if at.patches and not at.last and at.group_in * at.taps >= 256:
+        return "large patches, measured 0.86 to 1.1"
     if at.grouped and at.last and not wide:
         return "groups of less than 16 channels in channels-last tensors, measured 0.39 to 0.96"
     if at.grouped and at.plane < 400 and (not at.last or at.pixels >= 1024):
@@ -92,7 +91,7 @@ def _in_inference(at: _Seen) -> str | None:
         return "strided 1x1 convolutions of channels-last tensors, measured 0.90 to 1.06"
     if wide and at.taps > 1 and not at.winograd:
         if at.last:
-            kept = at.pixels < 4096  # torch rearranges a contiguous weight at every call
+            kept = at.pixels < 2048
         else:
             kept = (at.strided and at.group_in <= 64) or (at.pixels < 256 and at.weights >= 1 << 20)
         if not kept:
@@ -102,10 +101,11 @@ def _in_inference(at: _Seen) -> str | None:
 
 def _in_training(at: _Seen) -> str | None:
     if at.depthwise:
-        if at.last or at.strided or at.plane < 784 or (at.taps < 25 and at.results < 1 << 20):
+        few = at.taps < 25 and at.results < (1 << 18 if at.pooled else 1 << 19)
+        if at.last or at.strided or at.plane < 784 or few:
             return (
                 "the gradients of depthwise convolutions in channels-last tensors, with strides, of images "
-                "of less than 784 pixels or with less than a million results, measured 0.13 to 1.4"
+                "of less than 784 pixels or with few results, measured 0.13 to 1.5"
             )
         return None
     if at.patches and (at.last or at.group_in * at.taps >= 256):
@@ -120,7 +120,7 @@ def _in_training(at: _Seen) -> str | None:
         return "the gradients of many weights from at most 256 pixels, measured 0.24 to 1.07"
     if at.thinned:
         return None
-    if at.winograd and not at.grouped and at.plane >= 400:
+    if at.winograd and at.plane >= (1024 if at.grouped else 400):
         return None
     if at.group_in <= 4 and not at.grouped and not at.patches and at.spatial > 1:
         return None
