@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from interfuse.cases.attention import ModuleCase
 
 # Of bench/peers.py, those that can run this op.
-PROVIDERS = ("interfuse", "interfuse_padded", "eager", "compile", "compile_frozen", "onnxruntime", "openvino")
+PROVIDERS = ("interfuse", "interfuse_padded", "eager", "compile", "onnxruntime", "openvino")
 
 
 def names(further: bool, quick: bool) -> list[str]:

@@ -337,3 +337,32 @@ def test_parameters_without_a_gradient_get_none() -> None:
     assert ours.in_proj_weight.grad is None
     assert ours.in_proj_bias.grad is not None
     assert ours.out_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("unpack", ["strided", "transposed-storage", "as-it-was"])
+def test_saved_tensors_that_come_back_in_another_form(unpack: str) -> None:
+    """The kernels read by pointer: what a user's hook gives back must be looked at."""
+    _, ours = pair({"batch_first": True})
+    query, context, _ = inputs({"batch_first": True})
+
+    def back(t: torch.Tensor) -> torch.Tensor:
+        if unpack == "strided":
+            return torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+        return t.mT.contiguous().mT if unpack == "transposed-storage" and t.dim() > 1 else t
+
+    plain, _ = ours(query, context, context, need_weights=False)
+    wanted = torch.autograd.grad(plain.sum(), ours.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), back):
+        y, _ = ours(query, context, context, need_weights=False)
+        loss = y.sum()
+    assert close(torch.autograd.grad(loss, ours.parameters()), wanted)
+
+
+def test_several_gradients_at_once() -> None:
+    _, ours = pair({"batch_first": True})
+    query, context, _ = inputs({"batch_first": True})
+    leaf = context.requires_grad_()
+    y, _ = ours(query, leaf, leaf, need_weights=False)
+    each = torch.randn(2, *y.shape, generator=torch.Generator().manual_seed(4))
+    (found,) = torch.autograd.grad(y, leaf, each, retain_graph=True, is_grads_batched=True)
+    assert close(found, torch.stack([torch.autograd.grad(y, leaf, g, retain_graph=True)[0] for g in each]))

@@ -90,6 +90,11 @@ def is_plain_eager() -> bool:
     )
 
 
+def is_batched_gradient(t: Tensor) -> bool:
+    """Whether it is one of several at once (is_grads_batched), which shows in no level of a transform."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t))
+
+
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of them carries a forward-mode tangent at the current level."""
     if forward_ad._current_level < 0:

@@ -20,7 +20,7 @@ from interfuse.ops import _attention_native as native
 from interfuse.ops._attention_checks import Inputs, op_problem
 from interfuse.ops._attention_problem import AttentionParams
 from interfuse.ops.attention import run_long
-from interfuse.torch_state import is_plain_eager
+from interfuse.torch_state import is_batched_gradient, is_plain_eager
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,11 +180,28 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors, saved = Tensors(*ctx.saved_tensors[:8]), ctx.saved_tensors[8:]
         wanted = ctx.needs_input_grad[1:7]
-        if torch.is_grad_enabled():  # create_graph
-            grads = _differentiable(tensors, ctx.setting, grad, wanted)
+        if torch.is_grad_enabled() or not _as_saved(tensors, grad, saved):
+            grads = _by_ops(tensors, ctx.setting, grad, wanted)
         else:
             grads = _backward(tensors, ctx.setting, grad, wanted, *saved)
         return (None, *grads, None, None)
+
+
+def _as_saved(tensors: Tensors, grad: Tensor, saved: Sequence[Tensor]) -> bool:
+    """Saved tensors may come back through the user's hooks as anything, and grad from any transform."""
+    if not is_plain_eager() or is_batched_gradient(grad):
+        return False
+    width = tensors.query.shape[-1]
+    rows, context_rows = tensors.query.numel() // width, tensors.context.numel() // width
+    shapes = ((rows, width), (context_rows, 2 * width), (rows, width))
+    return all(
+        type(t) is Tensor and t.is_cpu and t.dtype is torch.float32 and not t.is_neg() and t.is_contiguous()
+        for t in saved
+    ) and (
+        type(grad) is Tensor
+        and grad.is_cpu
+        and all(t.shape == shape for t, shape in zip(saved, shapes, strict=False))
+    )
 
 
 def _backward(
@@ -231,22 +248,31 @@ def _backward(
     return found
 
 
-def _differentiable(
+def _leaf(t: Tensor) -> Tensor:
+    """A view, because one tensor may stand in two places, whose gradients are asked for apart; a hook may
+    have given it back without its graph."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def _by_ops(
     tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same gradients by ops that have derivatives of their own."""
-    # Views, because one tensor may stand in two places, whose gradients are asked for apart.
-    apart: list[Any] = [None if t is None else t.view_as(t) for t in tensors[:6]]
-    query, context, in_proj, in_bias, out_proj, out_bias = apart
-    batch, width = query.shape[0 if setting.batch_first else 1], query.shape[-1]
-    q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
-    q = F.linear(_rows(query), in_proj[:width], q_bias)
-    kv = F.linear(_rows(context), in_proj[width:], kv_bias)
-    views = _views(q, kv, batch, setting)
-    params = AttentionParams(setting.causal, views.q.shape[-1] ** -0.5)
-    y, _ = run_long(Inputs(*views, tensors.mask, None, tensors.lengths), params, 0.0, False)
-    order = (0, 2, 1, 3) if setting.batch_first else (2, 0, 1, 3)
-    output = F.linear(y.permute(order).flatten(2), out_proj, out_bias)
-    leaves = [t for t, yes in zip(apart, wanted, strict=True) if yes and t is not None]
-    grads = iter(torch.autograd.grad(output, leaves, grad, create_graph=True))
+    """The same gradients by ops that have derivatives and transforms of their own."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        apart: list[Any] = [
+            _leaf(t) if yes and t is not None else t for t, yes in zip(tensors[:6], wanted, strict=True)
+        ]
+        query, context, in_proj, in_bias, out_proj, out_bias = apart
+        batch, width = query.shape[0 if setting.batch_first else 1], query.shape[-1]
+        q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
+        q = F.linear(_rows(query), in_proj[:width], q_bias)
+        kv = F.linear(_rows(context), in_proj[width:], kv_bias)
+        views = _views(q, kv, batch, setting)
+        params = AttentionParams(setting.causal, views.q.shape[-1] ** -0.5)
+        y, _ = run_long(Inputs(*views, tensors.mask, None, tensors.lengths), params, 0.0, False)
+        order = (0, 2, 1, 3) if setting.batch_first else (2, 0, 1, 3)
+        output = F.linear(y.permute(order).flatten(2), out_proj, out_bias)
+        leaves = [t for t, yes in zip(apart, wanted, strict=True) if yes]
+        grads = iter(torch.autograd.grad(output, leaves, grad, create_graph=create))
     return [next(grads) if yes else None for yes in wanted]
