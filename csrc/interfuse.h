@@ -318,6 +318,45 @@ INTERFUSE_API interfuse_status interfuse_cross_entropy_backward(const interfuse_
                                                                 const interfuse_cross_entropy_gradients* gradients,
                                                                 int32_t threads);
 
+/* Losses element by element: binary cross-entropy of logits, and the squared error. */
+typedef enum interfuse_elementwise_loss_kind { INTERFUSE_LOSS_BCE_WITH_LOGITS = 0, INTERFUSE_LOSS_MSE = 1 } interfuse_elementwise_loss_kind;
+
+typedef struct interfuse_elementwise_loss_spec {
+  int32_t loss;      /* interfuse_elementwise_loss_kind */
+  int32_t dtype;     /* interfuse_dtype of input, target and grad */
+  int32_t reduction; /* interfuse_reduction; a mean is over all elements */
+  int64_t rows, columns;         /* of input and target, which are dense */
+  int64_t weight_strides[2];     /* of (row, column), in elements; that of the column is 0 or 1 */
+  int64_t pos_weight_strides[2]; /* the same */
+} interfuse_elementwise_loss_spec;
+
+typedef struct interfuse_elementwise_loss_tensors {
+  const void *input, *target;
+  const float *weight, *pos_weight; /* or NULL: all one. pos_weight, of targets of one, is for binary cross-entropy */
+} interfuse_elementwise_loss_tensors;
+
+/* In one pass: loss (one float, or with reduction none one for each element) and grad, the gradient of input; each may be
+ * NULL. grad_loss is of loss's shape; NULL: ones. */
+INTERFUSE_API interfuse_status interfuse_elementwise_loss(const interfuse_elementwise_loss_spec* spec,
+                                                          const interfuse_elementwise_loss_tensors* tensors,
+                                                          const float* grad_loss, float* loss, void* grad, int32_t threads);
+
+/* Contrastive loss of pairs of rows: (target d^2 + (1 - target) max(0, margin - d)^2) / 2, d their distance. */
+typedef struct interfuse_contrastive_spec {
+  int32_t dtype; /* interfuse_dtype of the rows and their gradients */
+  int64_t rows, columns;
+  float margin;
+} interfuse_contrastive_spec;
+
+/* a and b (rows, columns) dense; target, loss and slope (rows). slope is what backward needs, or NULL. */
+INTERFUSE_API interfuse_status interfuse_contrastive_forward(const interfuse_contrastive_spec* spec, const void* a,
+                                                             const void* b, const float* target, float* loss, float* slope,
+                                                             int32_t threads);
+/* The gradients asked for (NULL: not wanted), dense. At distance 0 they are 0. */
+INTERFUSE_API interfuse_status interfuse_contrastive_backward(const interfuse_contrastive_spec* spec, const void* a,
+                                                              const void* b, const float* slope, const float* grad_loss,
+                                                              void* grad_a, void* grad_b, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

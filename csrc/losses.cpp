@@ -9,19 +9,19 @@ namespace {
 
 constexpr int64_t kMost = int64_t(1) << 40;
 
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
   if (value < least || value > most)
-    invalid("cross_entropy: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
+    invalid("%s: %s is %lld; allowed is %lld to %lld.", op, name, (long long)value, (long long)least, (long long)most);
 }
 
 void check(const CrossEntropy& call) {
   const interfuse_cross_entropy_spec& s = call.spec;
-  check_range("dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range("reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
-  check_range("rows", s.rows, 0, kMost);
-  check_range("classes", s.classes, 1, INT32_MAX);
-  check_range("features", s.features, 1, INT32_MAX);
-  check_range("input_row_stride", s.input_row_stride, 0, kMost);
+  check_range("cross_entropy", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range("cross_entropy", "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
+  check_range("cross_entropy", "rows", s.rows, 0, kMost);
+  check_range("cross_entropy", "classes", s.classes, 1, INT32_MAX);
+  check_range("cross_entropy", "features", s.features, 1, INT32_MAX);
+  check_range("cross_entropy", "input_row_stride", s.input_row_stride, 0, kMost);
   if (!(s.label_smoothing >= 0 && s.label_smoothing <= 1))
     invalid("cross_entropy: label_smoothing is %g; allowed is 0 to 1.", static_cast<double>(s.label_smoothing));
   if (s.features > kMost / s.classes || (s.rows && s.classes > kMost / s.rows))
@@ -61,6 +61,26 @@ void run(CrossEntropy& call, const interfuse_cross_entropy_gradients* gradients,
   INTERFUSE_PICK(loss_kernels)->cross_entropy(call);
 }
 
+// rows and columns of a pair of tensors.
+void check_matrix(const char* op, int32_t dtype, int64_t rows, int64_t columns) {
+  check_range(op, "dtype", dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range(op, "rows", rows, 0, kMost);
+  check_range(op, "columns", columns, 0, kMost);
+  if (rows && columns > kMost / rows)
+    invalid("%s: %lld rows of %lld columns are too large together; split the rows.", op, (long long)rows, (long long)columns);
+}
+
+void check(const interfuse_elementwise_loss_spec& s) {
+  const char* const op = "elementwise_loss";
+  check_range(op, "loss", s.loss, INTERFUSE_LOSS_BCE_WITH_LOGITS, INTERFUSE_LOSS_MSE);
+  check_range(op, "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
+  check_matrix(op, s.dtype, s.rows, s.columns);
+  for (const int64_t* strides : {s.weight_strides, s.pos_weight_strides}) {
+    check_range(op, "the row stride of a weight", strides[0], 0, kMost);
+    check_range(op, "the column stride of a weight", strides[1], 0, 1);
+  }
+}
+
 }  // namespace
 }  // namespace interfuse
 
@@ -92,6 +112,47 @@ interfuse_status interfuse_cross_entropy_backward(const interfuse_cross_entropy_
     interfuse::CrossEntropy call{};
     call.spec = *spec, call.in = *tensors, call.lse = lse, call.grad_loss = grad_loss;
     interfuse::run(call, gradients, threads);
+  });
+}
+
+interfuse_status interfuse_elementwise_loss(const interfuse_elementwise_loss_spec* spec,
+                                            const interfuse_elementwise_loss_tensors* tensors, const float* grad_loss,
+                                            float* loss, void* grad, int32_t threads) {
+  return interfuse::guarded([&] {
+    if (!spec || !tensors) invalid("elementwise_loss: a null pointer was given for spec or tensors; both are needed.");
+    interfuse::check(*spec);
+    const int64_t count = spec->rows * spec->columns;
+    if (count && (!tensors->input || !tensors->target))
+      invalid("elementwise_loss: a null pointer was given for input or target; both are needed.");
+    interfuse::Elementwise call{*spec, tensors->input, tensors->target, tensors->weight, tensors->pos_weight, grad_loss,
+                                loss, grad, 1.f, interfuse::usable_threads(threads)};
+    if (spec->reduction == INTERFUSE_REDUCE_MEAN) call.scale = 1.f / static_cast<float>(count);
+    INTERFUSE_PICK(pair_loss_kernels)->elementwise(call);
+  });
+}
+
+interfuse_status interfuse_contrastive_forward(const interfuse_contrastive_spec* spec, const void* a, const void* b,
+                                               const float* target, float* loss, float* slope, int32_t threads) {
+  return interfuse::guarded([&] {
+    if (!spec) invalid("contrastive: forward was given no spec.");
+    interfuse::check_matrix("contrastive", spec->dtype, spec->rows, spec->columns);
+    if (!(spec->margin >= 0)) invalid("contrastive: the margin is %g; allowed is 0 and above.", static_cast<double>(spec->margin));
+    if (spec->rows && (!target || !loss || (spec->columns && (!a || !b))))
+      invalid("contrastive: forward was given a null pointer for a, b, target or loss; all are needed.");
+    INTERFUSE_PICK(pair_loss_kernels)->contrastive({*spec, a, b, target, loss, slope, interfuse::usable_threads(threads)});
+  });
+}
+
+interfuse_status interfuse_contrastive_backward(const interfuse_contrastive_spec* spec, const void* a, const void* b,
+                                                const float* slope, const float* grad_loss, void* grad_a, void* grad_b,
+                                                int32_t threads) {
+  return interfuse::guarded([&] {
+    if (!spec) invalid("contrastive: backward was given no spec.");
+    interfuse::check_matrix("contrastive", spec->dtype, spec->rows, spec->columns);
+    if (spec->rows && (!slope || !grad_loss || (spec->columns && (!a || !b))))
+      invalid("contrastive: backward was given a null pointer for a, b, slope or grad_loss; all are needed.");
+    INTERFUSE_PICK(pair_loss_kernels)->contrastive_backward(
+        {*spec, a, b, slope, grad_loss, grad_a, grad_b, interfuse::usable_threads(threads)});
   });
 }
 

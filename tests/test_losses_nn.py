@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.nn.losses import LinearCrossEntropyLoss
+from interfuse.nn.losses import (
+    BCEWithLogitsLoss,
+    ContrastiveLoss,
+    InfoNCELoss,
+    LinearCrossEntropyLoss,
+    ReconstructionLoss,
+)
+from interfuse.ops.losses import contrastive_loss, info_nce
 
 needs_torchs = pytest.mark.skipif(
     not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has LinearCrossEntropyLoss since 2.13"
@@ -141,3 +148,31 @@ def test_refusals_say_why() -> None:
     reasons = [row.reason for row in interfuse.explain(wide).rows]
     assert any("its out_features are (2,)" in reason for reason in reasons)
     assert any("not exactly nn.LinearCrossEntropyLoss" in reason for reason in reasons)
+
+
+# ---- the other losses
+
+
+def test_the_other_modules_are_their_functions() -> None:
+    x, y = torch.randn(6, 5), torch.randn(6, 5)
+    target, weight, positive = (y > 0).float(), torch.rand(5), torch.rand(5)
+    theirs = nn.BCEWithLogitsLoss(weight, pos_weight=positive)
+    ours = BCEWithLogitsLoss(weight, pos_weight=positive)
+    ours.load_state_dict(theirs.state_dict())
+    assert tolerance.error(ours(x, target), theirs(x, target)) <= tolerance.FLOAT32_DEFAULT
+    labels = torch.ones(6)
+    assert torch.equal(ContrastiveLoss(2.0, "sum")(x, y, labels), contrastive_loss(x, y, labels, 2.0, "sum"))
+    assert torch.equal(InfoNCELoss(0.3, symmetric=False)(x, y), info_nce(x, y, 0.3, symmetric=False))
+    both = ReconstructionLoss(["mse", "bce_with_logits"], [1.0, 2.0])
+    right = F.mse_loss(x, y) + 2 * F.binary_cross_entropy_with_logits(x, target)
+    assert tolerance.error(both([x, x], [y, target]), right) <= tolerance.FLOAT32_DEFAULT
+
+
+def test_a_learned_temperature() -> None:
+    x, y = torch.randn(6, 5), torch.randn(6, 5)
+    module = InfoNCELoss(0.3, learned=True)
+    assert tolerance.error(module(x, y), info_nce(x, y, 0.3)) <= tolerance.FLOAT32_DEFAULT
+    module(x, y).backward()
+    assert module.log_temperature.grad is not None
+    assert list(module.state_dict()) == ["log_temperature"]
+    assert "temperature=0.3, learned=True" in repr(module)

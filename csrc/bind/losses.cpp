@@ -49,6 +49,58 @@ void cross_entropy_backward(const CrossEntropyDesc& desc, const CrossEntropyTens
   raise(status);
 }
 
+// Addresses of input, target, weight, pos_weight, grad_loss, loss and grad; 0 for what is not there.
+void elementwise_loss(const std::string& kind, const std::string& dtype, const std::string& reduction, int64_t rows,
+                      int64_t columns, const std::array<int64_t, 2>& weight_strides,
+                      const std::array<int64_t, 2>& pos_weight_strides, const std::array<uintptr_t, 7>& tensors, int threads) {
+  const char* const op = "elementwise_loss";
+  interfuse_elementwise_loss_spec spec{};
+  spec.loss = one_of(op, "kind", kind, {"bce_with_logits", "mse"});
+  spec.dtype = one_of(op, "dtype", dtype, {"float32", "bfloat16"});
+  spec.reduction = one_of(op, "reduction", reduction, {"none", "mean", "sum"});
+  spec.rows = rows, spec.columns = columns;
+  for (int i = 0; i < 2; ++i)
+    spec.weight_strides[i] = weight_strides[i], spec.pos_weight_strides[i] = pos_weight_strides[i];
+  const interfuse_elementwise_loss_tensors in = {at<void>(tensors[0]), at<void>(tensors[1]), at<float>(tensors[2]),
+                                                 at<float>(tensors[3])};
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_elementwise_loss(&spec, &in, at<float>(tensors[4]), at<float>(tensors[5]), at<void>(tensors[6]), threads);
+  }
+  raise(status);
+}
+
+interfuse_contrastive_spec contrastive_spec(const std::string& dtype, int64_t rows, int64_t columns, double margin) {
+  return {one_of("contrastive", "dtype", dtype, {"float32", "bfloat16"}), rows, columns, static_cast<float>(margin)};
+}
+
+// Addresses of the two matrices, target, loss and slope.
+void contrastive_loss(const std::string& dtype, int64_t rows, int64_t columns, double margin,
+                      const std::array<uintptr_t, 5>& tensors, int threads) {
+  const interfuse_contrastive_spec spec = contrastive_spec(dtype, rows, columns, margin);
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_contrastive_forward(&spec, at<void>(tensors[0]), at<void>(tensors[1]), at<float>(tensors[2]),
+                                           at<float>(tensors[3]), at<float>(tensors[4]), threads);
+  }
+  raise(status);
+}
+
+// Addresses of the two matrices, slope, grad_loss, and the gradients of the two.
+void contrastive_loss_backward(const std::string& dtype, int64_t rows, int64_t columns,
+                               const std::array<uintptr_t, 6>& tensors, int threads) {
+  const interfuse_contrastive_spec spec = contrastive_spec(dtype, rows, columns, 0);
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_contrastive_backward(&spec, at<void>(tensors[0]), at<void>(tensors[1]), at<float>(tensors[2]),
+                                            at<float>(tensors[3]), at<void>(tensors[4]), at<void>(tensors[5]), threads);
+  }
+  raise(status);
+}
+
 }  // namespace
 
 void losses(py::module_& m) {
@@ -60,6 +112,12 @@ void losses(py::module_& m) {
         py::arg("lse"), py::arg("gradients"), py::arg("threads"));
   m.def("cross_entropy_backward", &cross_entropy_backward, py::arg("desc"), py::arg("tensors"), py::arg("lse"),
         py::arg("grad_loss"), py::arg("gradients"), py::arg("threads"));
+  m.def("elementwise_loss", &elementwise_loss, py::arg("kind"), py::arg("dtype"), py::arg("reduction"), py::arg("rows"),
+        py::arg("columns"), py::arg("weight_strides"), py::arg("pos_weight_strides"), py::arg("tensors"), py::arg("threads"));
+  m.def("contrastive_loss", &contrastive_loss, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("margin"),
+        py::arg("tensors"), py::arg("threads"));
+  m.def("contrastive_loss_backward", &contrastive_loss_backward, py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+        py::arg("tensors"), py::arg("threads"));
 }
 
 }  // namespace bind

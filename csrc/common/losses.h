@@ -30,9 +30,43 @@ struct LossKernels {
   void (*cross_entropy)(const CrossEntropy&);
 };
 
+struct Elementwise {
+  interfuse_elementwise_loss_spec spec;
+  const void *input, *target;
+  const float *weight, *pos_weight;
+  const float* grad_loss;  // null: ones
+  float* loss;             // or null
+  void* grad;              // or null
+  float scale;             // of every element's loss: 1, or for a mean 1 / their number
+  int threads;
+};
+
+struct Contrastive {
+  interfuse_contrastive_spec spec;
+  const void *a, *b;
+  const float* target;
+  float *loss, *slope;
+  int threads;
+};
+
+struct ContrastiveBackward {
+  interfuse_contrastive_spec spec;
+  const void *a, *b;
+  const float *slope, *grad_loss;
+  void *grad_a, *grad_b;
+  int threads;
+};
+
+struct PairLossKernels {
+  void (*elementwise)(const Elementwise&);
+  void (*contrastive)(const Contrastive&);
+  void (*contrastive_backward)(const ContrastiveBackward&);
+};
+
 #define INTERFUSE_DECLARE(isa) \
   namespace isa {              \
   extern const LossKernels loss_kernels; \
+  extern const PairLossKernels pair_loss_kernels; \
   }
 INTERFUSE_FOR_EACH_ISA(INTERFUSE_DECLARE)
 #undef INTERFUSE_DECLARE

@@ -180,3 +180,95 @@ TEST(cross_entropy_refuses_with_a_sentence) {
   interfuse_cross_entropy_gradients grads{};
   CHECK_EQUAL(interfuse_cross_entropy_forward(&spec, &tensors, &loss, &lse, &grads, 1), INTERFUSE_INVALID);
 }
+
+namespace {
+
+// Losses of two matrices against their formulas: every weight's strides, both kinds, both dtypes.
+template <class T>
+void run_elementwise(int kind, int reduction, int dtype, const Run& how) {
+  const int64_t rows = 5, columns = 2051, count = rows * columns;  // more than one block of a row, and a tail
+  std::ostringstream text;
+  text << "kind " << kind << ", reduction " << reduction << ", dtype " << dtype << ", threads " << how.threads;
+  const Context context(text.str());
+  const bool each = reduction == INTERFUSE_REDUCE_NONE;
+  const int64_t losses = each ? count : 1;
+  Guarded<T> x(count, how.flush, how.offset), t(count, how.flush, how.offset), grad(count, how.flush, how.offset);
+  Guarded<float> weight(rows, how.flush, how.offset), positive(columns, how.flush, how.offset), loss(losses, how.flush, how.offset),
+      grad_loss(losses, how.flush, how.offset);
+  const Doubles xs = fill(x, Values::reals, 1, 3), ts = fill(t, Values::reals, 2, 0.3f);
+  const Doubles ws = fill(weight, Values::reals, 3), ps = fill(positive, Values::reals, 4), gs = fill(grad_loss, Values::reals, 5);
+  interfuse_elementwise_loss_spec spec{kind, dtype, reduction, rows, columns, {1, 0}, {0, 1}};
+  const interfuse_elementwise_loss_tensors tensors{x.data(), t.data(), weight.data(), positive.data()};
+  CHECK_EQUAL(interfuse_elementwise_loss(&spec, &tensors, grad_loss.data(), loss.data(), grad.data(), how.threads), INTERFUSE_OK);
+  Doubles losses_of, slopes;
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double w = ws[i / columns], p = ps[i % columns], exp_x = std::exp(-std::fabs(xs[i]));
+    const double log_one = std::log1p(exp_x) + std::max(-xs[i], 0.0), of_one = 1 + (p - 1) * ts[i];
+    const double zero_share = xs[i] < 0 ? 1 / (1 + exp_x) : exp_x / (1 + exp_x);
+    const bool mse = kind == INTERFUSE_LOSS_MSE;
+    const double value = mse ? (xs[i] - ts[i]) * (xs[i] - ts[i]) : (1 - ts[i]) * xs[i] + of_one * log_one;
+    const double slope = mse ? 2 * (xs[i] - ts[i]) : (1 - ts[i]) - of_one * zero_share;
+    total += w * value;
+    losses_of.push_back(w * value);
+    const double scale = reduction == INTERFUSE_REDUCE_MEAN ? 1.0 / static_cast<double>(count) : 1;
+    slopes.push_back(w * slope * scale * gs[each ? i : 0]);
+  }
+  if (!each) losses_of = {reduction == INTERFUSE_REDUCE_MEAN ? total / static_cast<double>(count) : total};
+  compare("loss", read(loss), losses_of, 1e-5);
+  compare("grad", read(grad), slopes, dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5);
+  CHECK(loss.intact());
+  CHECK(grad.intact());
+}
+
+template <class T>
+void run_contrastive(int dtype, const Run& how) {
+  const int64_t rows = 9, columns = 2051;
+  Guarded<T> a(rows * columns, how.flush, how.offset), b(rows * columns, how.flush, how.offset), grad_a(rows * columns, how.flush, how.offset),
+      grad_b(rows * columns, how.flush, how.offset);
+  Guarded<float> target(rows), loss(rows), slope(rows), grad_loss(rows);
+  const float size = 1 / std::sqrt(2 * static_cast<float>(columns));
+  Doubles as = fill(a, Values::reals, 1, size), bs = fill(b, Values::reals, 2, size);
+  for (int64_t k = 0; k < columns; ++k) b[3 * columns + k] = a[3 * columns + k], bs[3 * columns + k] = as[3 * columns + k];
+  interfuse_contrastive_spec spec{dtype, rows, columns, 1.5f};
+  for (int64_t r = 0; r < rows; ++r) target[r] = static_cast<float>(r % 2), grad_loss[r] = 1 + static_cast<float>(r);
+  target[3] = 0;
+  CHECK_EQUAL(interfuse_contrastive_forward(&spec, a.data(), b.data(), target.data(), loss.data(), slope.data(), how.threads), INTERFUSE_OK);
+  CHECK_EQUAL(interfuse_contrastive_backward(&spec, a.data(), b.data(), slope.data(), grad_loss.data(), grad_a.data(), grad_b.data(), how.threads),
+              INTERFUSE_OK);
+  Doubles losses, by_a, by_b;
+  for (int64_t r = 0; r < rows; ++r) {
+    double square = 0;
+    for (int64_t k = r * columns; k < (r + 1) * columns; ++k) square += (as[k] - bs[k]) * (as[k] - bs[k]);
+    const double distance = std::sqrt(square), gap = std::max(0.0, 1.5 - distance);
+    losses.push_back((target[r] * square + (1 - target[r]) * gap * gap) / 2);
+    const double factor = target[r] - (distance > 0 ? (1 - target[r]) * gap / distance : 0);
+    for (int64_t k = r * columns; k < (r + 1) * columns; ++k) {
+      by_a.push_back(grad_loss[r] * factor * (as[k] - bs[k]));
+      by_b.push_back(-by_a.back());
+    }
+  }
+  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5;
+  compare("loss", read(loss), losses, 1e-5);
+  compare("grad_a", read(grad_a), by_a, tolerance);
+  compare("grad_b", read(grad_b), by_b, tolerance);
+  CHECK(grad_a.intact());
+  CHECK(grad_b.intact());
+}
+
+}  // namespace
+
+TEST(elementwise_losses) {
+  for (const Run& how : kRuns)
+    for (int kind : {INTERFUSE_LOSS_BCE_WITH_LOGITS, INTERFUSE_LOSS_MSE})
+      for (int reduction : {INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_MEAN, INTERFUSE_REDUCE_SUM}) {
+        run_elementwise<float>(kind, reduction, INTERFUSE_FLOAT32, how);
+        run_elementwise<uint16_t>(kind, reduction, INTERFUSE_BFLOAT16, how);
+      }
+}
+TEST(contrastive_losses) {
+  for (const Run& how : kRuns) {
+    run_contrastive<float>(INTERFUSE_FLOAT32, how);
+    run_contrastive<uint16_t>(INTERFUSE_BFLOAT16, how);
+  }
+}

@@ -309,5 +309,28 @@ def cross_entropy_backward(
     gradients: Sequence[int],
     threads: int,
 ) -> None: ...
+
+# Tensors are the addresses of input, target, weight, pos_weight, grad_loss, loss and grad; 0 for none.
+def elementwise_loss(
+    kind: str,
+    dtype: str,
+    reduction: str,
+    rows: int,
+    columns: int,
+    weight_strides: Sequence[int],
+    pos_weight_strides: Sequence[int],
+    tensors: Sequence[int],
+    threads: int,
+) -> None: ...
+
+# Tensors are the addresses of the two matrices, target, loss and slope.
+def contrastive_loss(
+    dtype: str, rows: int, columns: int, margin: float, tensors: Sequence[int], threads: int
+) -> None: ...
+
+# Tensors are the addresses of the two matrices, slope, grad_loss, and the gradients of the two.
+def contrastive_loss_backward(
+    dtype: str, rows: int, columns: int, tensors: Sequence[int], threads: int
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...

@@ -43,6 +43,7 @@ __all__ = [
     "has_hooks",
     "has_tangent",
     "in_forward_mode",
+    "in_transform",
     "is_autocast_active",
     "is_plain_eager",
     "is_tracing",
@@ -75,6 +76,11 @@ def has_bfloat16_matrix_units() -> bool:
 
 def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation would see a call made now."""
+    return bool(_functorch_active()) or in_forward_mode()
 
 
 def is_plain_eager() -> bool:

@@ -3,7 +3,13 @@
 from interfuse.nn.attention import AttentionPool, CrossAttention, MultiheadAttention
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
 from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
-from interfuse.nn.losses import LinearCrossEntropyLoss
+from interfuse.nn.losses import (
+    BCEWithLogitsLoss,
+    ContrastiveLoss,
+    InfoNCELoss,
+    LinearCrossEntropyLoss,
+    ReconstructionLoss,
+)
 from interfuse.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from interfuse.nn.rnn_embedding import EmbeddingGRU, EmbeddingLSTM, EmbeddingRNN
 
@@ -12,7 +18,9 @@ __all__ = [
     "LSTM",
     "RNN",
     "AttentionPool",
+    "BCEWithLogitsLoss",
     "CompactLinear",
+    "ContrastiveLoss",
     "ConvPool1d",
     "ConvPool2d",
     "ConvPool3d",
@@ -23,8 +31,10 @@ __all__ = [
     "EmbeddingRNN",
     "FusionLinear",
     "GRUCell",
+    "InfoNCELoss",
     "LSTMCell",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RNNCell",
+    "ReconstructionLoss",
 ]

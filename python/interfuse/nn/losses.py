@@ -1,16 +1,24 @@
-"""LinearCrossEntropyLoss: the last linear layer and the cross-entropy behind it, without logits between."""
+"""The losses as modules. LinearCrossEntropyLoss holds the last linear layer, and forms no logits."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from interfuse.ops._losses_checks import fail
-from interfuse.ops.losses import linear_cross_entropy
+from interfuse.ops.losses import (
+    binary_cross_entropy_with_logits,
+    contrastive_loss,
+    info_nce,
+    linear_cross_entropy,
+    reconstruction_loss,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
 
@@ -92,3 +100,88 @@ class LinearCrossEntropyLoss(nn.Module):
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}"
         )
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """torch.nn.BCEWithLogitsLoss; the loss and its gradient in one pass over memory."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        return binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+
+class ContrastiveLoss(nn.Module):
+    """interfuse.ops.contrastive_loss of pairs of rows; the target is 1 where they belong together."""
+
+    def __init__(self, margin: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.margin = margin
+        self.reduction = reduction
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return contrastive_loss(input1, input2, target, self.margin, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+class InfoNCELoss(nn.Module):
+    """interfuse.ops.info_nce; with `learned` the logarithm of the temperature is a parameter."""
+
+    log_temperature: Tensor | None
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        learned: bool = False,
+        normalize: bool = True,
+        symmetric: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        parameter = nn.Parameter(torch.tensor(temperature).log()) if learned else None
+        self.register_parameter("log_temperature", parameter)
+        self.normalize = normalize
+        self.symmetric = symmetric
+        self.reduction = reduction
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        learned = self.log_temperature
+        return info_nce(
+            input1,
+            input2,
+            self.temperature if learned is None else learned.exp(),
+            normalize=self.normalize,
+            symmetric=self.symmetric,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, learned={self.log_temperature is not None}, "
+            f"normalize={self.normalize}, symmetric={self.symmetric}, reduction={self.reduction!r}"
+        )
+
+
+class ReconstructionLoss(nn.Module):
+    """interfuse.ops.reconstruction_loss: an autoencoder's, over several modalities."""
+
+    def __init__(
+        self,
+        kinds: str | Sequence[str] = "mse",
+        weights: Sequence[float] | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.weights = weights
+        self.reduction = reduction
+
+    def forward(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        return reconstruction_loss(inputs, targets, self.kinds, self.weights, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"kinds={self.kinds!r}, weights={self.weights!r}, reduction={self.reduction!r}"

@@ -89,6 +89,14 @@ class CrossEntropyProblem:
         return () if self.params.is_number else (self.rows,)
 
 
+@dataclass(frozen=True)
+class PairProblem:
+    """A checked call of a loss of two tensors: all that a `why_not` looks at."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the loss of tensors of this dtype: sums over a vocabulary are not kept in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,7 +1,8 @@
 """The losses that train fusion models.
 
 From top to bottom: the public functions, the table of implementations, the registered ops and their fake
-kernels. Autograd and vmap stand in _losses_transforms.py, errors in _losses_checks.py.
+kernels. Autograd and vmap stand in _losses_transforms.py, errors in _losses_checks.py, and the losses of two
+tensors in _losses_pairs.py.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ import torch
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _losses_native as native
+from interfuse.ops import _losses_pairs as pairs
 from interfuse.ops import _losses_transforms as transforms
 from interfuse.ops import _losses_triton as triton
 from interfuse.ops._losses_checks import check, check_mask, check_saved, check_shapes, check_types, resolve
+from interfuse.ops._losses_pairs import (
+    binary_cross_entropy_with_logits,
+    contrastive_loss,
+    info_nce,
+    reconstruction_loss,
+)
 from interfuse.ops._losses_problem import (
     PARAM_COUNT,
     CrossEntropyParams,
@@ -33,7 +41,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# In order of preference; the reference runs everything.
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "contrastive_loss",
+    "info_nce",
+    "linear_cross_entropy",
+    "reconstruction_loss",
+]
+
+# Of linear_cross_entropy, in order of preference; the reference runs everything.
 IMPLEMENTATIONS = (
     Implementation("native", native.why_not, native.run, native.run_backward),
     Implementation("triton", triton.why_not, triton.run, triton.run_backward),
@@ -163,3 +179,4 @@ _OPS = (
 )
 transforms.register_autograd(_library, *_OPS)
 transforms.register_vmap(_library, *_OPS)
+pairs.register(_library)

@@ -97,3 +97,64 @@ def run_backward(
         for g in grads
     )
     return first, second, third
+
+
+def elementwise(
+    x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, kind: str
+) -> Tensor:
+    """Each element's loss, in the dtype of losses."""
+    from interfuse.ops._losses_problem import loss_dtype
+
+    x, target = x.to(loss_dtype(x.dtype)), target.to(loss_dtype(x.dtype))
+    if kind == "mse":
+        loss = (x - target).square()
+        return loss if weight is None else loss * weight
+    return F.binary_cross_entropy_with_logits(x, target, weight, pos_weight=pos_weight, reduction="none")
+
+
+def elementwise_backward(
+    grad_loss: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    kind: str,
+    reduction: str,
+) -> Tensor:
+    exact, target = x.to(grad_loss.dtype), target.to(grad_loss.dtype)
+    if kind == "mse":
+        grad = 2 * (exact - target)
+    else:
+        of_one = target if pos_weight is None else target * pos_weight
+        grad = (1 - target) - (1 - target + of_one) * torch.sigmoid(-exact)
+    if weight is not None:
+        grad = grad * weight
+    scale = grad_loss / x.numel() if reduction == "mean" else grad_loss
+    return (grad * scale).to(x.dtype)
+
+
+def contrastive_slope(a: Tensor, b: Tensor, target: Tensor, margin: float) -> Tensor:
+    """What the rows' difference is multiplied by in the gradient of each loss."""
+    distance = _distance(a, b, target.dtype)
+    gap = (margin - distance).clamp(min=0)
+    apart = torch.where(distance == 0, 0, gap / torch.where(distance == 0, 1, distance))
+    return target - (1 - target) * apart
+
+
+def contrastive_rows(a: Tensor, b: Tensor, target: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Each pair's loss, and the slope."""
+    distance = _distance(a, b, target.dtype)
+    gap = (margin - distance).clamp(min=0)
+    loss = (target * distance.square() + (1 - target) * gap.square()) / 2
+    return loss, contrastive_slope(a, b, target, margin)
+
+
+def contrastive_backward(grad_loss: Tensor, a: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    grad = (a.to(slope.dtype) - b.to(slope.dtype)) * (slope * grad_loss).unsqueeze(-1)
+    return grad.to(a.dtype), -grad.to(b.dtype)
+
+
+def _distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where rows are alike, with a derivative of 0 instead of NaN."""
+    square = (a.to(dtype) - b.to(dtype)).square().sum(-1)
+    return torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
