@@ -363,10 +363,19 @@ def test_greedy_takes_the_likeliest_word_each_time_and_stops_at_the_end() -> Non
         assert not row[~live].any()
 
 
-def test_the_loss_leaves_padding_out() -> None:
-    model = autoencoder("fused")
+@pytest.mark.parametrize("layers", ["fused", "torch"])
+def test_the_loss_leaves_padding_out(layers: str) -> None:
+    model = autoencoder(layers)
     x, caption = image(), torch.tensor([[1, 5, 6, 2], [1, 5, 2, 0], [1, 2, 0, 0]])
     logits = torch.log_softmax(model(x, caption), 2)
     target = caption[:, 1:]
     each = -logits.gather(2, target[..., None])[..., 0]
-    torch.testing.assert_close(model.loss(x, caption), each[target != 0].mean())
+    right = each[target != 0].mean()
+    loss = model.loss(x, caption)
+    torch.testing.assert_close(loss, right)
+    parameters = [p for p in model.parameters() if p is not model.no_text]
+    found, wanted = (torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, right))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interfuse.models.cnn import CHANNELS, ConvEncoder
@@ -39,6 +38,7 @@ class MultimodalAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         made = chosen(layers)
+        self._layers = made
         self.vocabulary, self.hidden, self.num_layers = vocabulary, hidden, num_layers
         self.image_encoder = ConvEncoder(image_shape, channels, width, layers)
         self.text_encoder = SequenceEncoder(embedding, hidden, num_layers, vocabulary, layers=layers)
@@ -76,9 +76,9 @@ class MultimodalAutoencoder(nn.Module):
         text: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The cross-entropy of each word, PAD left out, with teacher forcing."""
-        logits = self(image, sentence, text, lengths)
-        return F.cross_entropy(logits.flatten(0, 1), sentence[:, 1:].flatten(), ignore_index=PAD)
+        """The cross-entropy of each word, PAD left out, with teacher forcing. The logits are never kept."""
+        decoded = self._decoded(image, sentence, text, lengths)
+        return self._layers.cross_entropy(self.words, decoded, sentence[:, 1:], PAD)
 
     @torch.no_grad()
     def generate(

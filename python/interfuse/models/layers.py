@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import interfuse.nn as fused
+from interfuse.ops import linear_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,9 @@ class Layers(Protocol):
 
     def attention_pool(self, width: int) -> nn.Module:
         """Called with (batch, steps, width), `lengths` and `return_weights`; gives (batch, width)."""
+
+    def cross_entropy(self, linear: nn.Linear, x: Tensor, target: Tensor, ignored: int) -> Tensor:
+        """The mean loss of linear(x), (..., classes), over the entries of `target` that are not `ignored`."""
 
 
 class Fused:
@@ -67,6 +71,11 @@ class Fused:
     def attention_pool(self, width: int) -> nn.Module:
         return fused.AttentionPool(width)
 
+    def cross_entropy(self, linear: nn.Linear, x: Tensor, target: Tensor, ignored: int) -> Tensor:
+        return linear_cross_entropy(
+            x, linear.weight, target, linear_bias=linear.bias, ignore_index=ignored
+        )
+
 
 class Torch:
     """The layers in plain torch, of exactly torch's own modules, which optimize() recognises."""
@@ -95,6 +104,9 @@ class Torch:
 
     def attention_pool(self, width: int) -> nn.Module:
         return TorchAttentionPool(width)
+
+    def cross_entropy(self, linear: nn.Linear, x: Tensor, target: Tensor, ignored: int) -> Tensor:
+        return F.cross_entropy(linear(x).flatten(0, -2), target.flatten(), ignore_index=ignored)
 
 
 class FusedRecurrent(nn.Module):
