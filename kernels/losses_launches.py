@@ -41,8 +41,8 @@ def tile_of(problem: CrossEntropyProblem) -> Tile:
     units = problem.dtype != torch.float32 or _precision(problem) == "tf32"
     side = 64 if units else 32
     rows = power_of_two(problem.rows, 16, side)
-    # With four warps, the logits of 64 rows and 128 classes would leave too few registers for the rest.
-    warps = 8 if rows == 64 else 4
+    # With four warps, a whole tile of logits would leave too few registers for the rest.
+    warps = 8 if rows == side else 4
     return Tile(rows=rows, cols=2 * side, depth=32, warps=warps, stages=3 if units else 2)
 
 

@@ -56,6 +56,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _settings_put_back() -> Iterator[None]:
+    torch.manual_seed(0)  # a test's values do not depend on which tests ran before it
     threads, precision = torch.get_num_threads(), interfuse.get_precision()
     yield
     torch.set_num_threads(threads)

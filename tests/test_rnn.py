@@ -316,7 +316,7 @@ def test_backends_by_name() -> None:
     assert tolerance.error(oracle.ours(g, backend="reference")["y"], y) <= tolerance.recurrent(9, 1, 26)
     with pytest.raises(BackendError, match="compute in float32"):
         oracle.ours(oracle.given(BY_NAME["lstm-plain"], torch.float64), backend="native")
-    with pytest.raises(ValueError, match="backend must be one of native, triton, reference"):
+    with pytest.raises(ValueError, match="backend must be one of native, cuda, triton, reference"):
         oracle.ours(g, backend="cudnn")
 
 

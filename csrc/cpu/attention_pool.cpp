@@ -46,7 +46,6 @@ class Pool {
     const int64_t length = soften(b);
     const T* grad_y = g.grad_y ? static_cast<const T*>(g.grad_y) + b * p_.width : nullptr;
     const T* grad_weights = g.grad_weights ? static_cast<const T*>(g.grad_weights) + b * p_.steps : nullptr;
-    float mean = 0;
     for (int64_t t = 0; t < length; ++t) {
       Vec sum = zero();
       for (int64_t column = 0; grad_y && column < p_.width; column += kLanes) {
@@ -54,9 +53,12 @@ class Pool {
         sum = multiply_add(load_lanes(grad_y + column, lanes), load_lanes(x(b, t) + column, lanes), sum);
       }
       slopes_[t] = sum_lanes(sum) + (grad_weights ? to_float(grad_weights[t]) : 0.f);
-      mean += weights_[t] * slopes_[t];
     }
-    for (int64_t t = 0; t < length; ++t) slopes_[t] = weights_[t] * (slopes_[t] - mean);
+    // Measured from the heaviest step: where one step has nearly all the weight, its slope and the mean would cancel.
+    const float origin = length ? slopes_[heaviest_] : 0.f;
+    float mean = 0;
+    for (int64_t t = 0; t < length; ++t) mean += weights_[t] * (slopes_[t] - origin);
+    for (int64_t t = 0; t < length; ++t) slopes_[t] = weights_[t] * (slopes_[t] - origin - mean);
     if (g.grad_x) store_x(length, grad_y, static_cast<T*>(g.grad_x) + b * p_.steps * p_.width);
     if (g.grad_hidden || g.grad_context) store_hidden(b, length, g);
   }
@@ -67,11 +69,12 @@ class Pool {
     return static_cast<const T*>(a_.hidden) + b * p_.hidden_batch + t * p_.hidden_step;
   }
 
-  // weights_ of the sequence's steps; returns its length.
+  // weights_ of the sequence's steps, and the heaviest of them; returns the sequence's length.
   int64_t soften(int64_t b) {
     const int64_t length = a_.lengths ? a_.lengths[b] : p_.steps;
     const T* context = static_cast<const T*>(a_.context);
     float most = -__builtin_inff();
+    heaviest_ = 0;
     for (int64_t t = 0; t < length; ++t) {
       Vec sum = zero();
       for (int64_t column = 0; column < p_.hidden; column += kLanes) {
@@ -79,6 +82,7 @@ class Pool {
         sum = multiply_add(load_lanes(context + column, lanes), tanh(load_lanes(hidden(b, t) + column, lanes)), sum);
       }
       weights_[t] = sum_lanes(sum);
+      if (weights_[t] > most) heaviest_ = t;
       most = maximum(weights_[t], most);
     }
     Vec sums = zero();
@@ -121,6 +125,7 @@ class Pool {
   const AttentionPool& p_;
   const AttentionPoolForward& a_;
   float *weights_, *slopes_;
+  int64_t heaviest_ = 0;
 };
 
 template <class T>
