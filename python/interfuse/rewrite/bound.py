@@ -8,6 +8,7 @@ leave it to deepcopy's and pickle's own memory to give a copied module a callabl
 from __future__ import annotations
 
 import hashlib
+import inspect
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class ModuleForward(Bound):
         self.method = "forward"
         self.lengths = {WHOLE: 1}
         self.sites = {WHOLE: site}
+        self.first = list(inspect.signature(type(owner).forward).parameters)[1]
         site.pattern.stands()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +108,9 @@ class ModuleForward(Bound):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = PlainForward(self.owner)
         if not args:
-            return plain(**kwargs)
+            if self.first not in kwargs:
+                return plain(**kwargs)
+            args = (kwargs.pop(self.first),)
         return self.sites[WHOLE]([(plain, args[1:], kwargs)], args[0])
 
 

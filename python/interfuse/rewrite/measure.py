@@ -89,27 +89,24 @@ class TrySite:
 
     def __call__(self, site: Site, links: Sequence[LiveLink], value: Any) -> Any:
         outcome = self.outcomes.setdefault(id(site), Outcome())
-        outcome.calls += 1
         call = site.pattern.prepare(links, value)
-        if call is None:
-            outcome.refusal = "with the example inputs it is not a call that the kernels take"
-        elif not site.serves(call, wants_gradient(call)):
-            outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
-        if call is None or outcome.refusal:
+        if call is None:  # in a loop over modules, others of its calls may be
             return run_plainly(links, value)
-        calm_links, call = site.pattern.calm(links, call)
+        outcome.calls += 1
+        if not site.serves(call, wants_gradient(call)):
+            outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
+        if outcome.refusal:
+            return run_plainly(links, value)
+        calm_links, call = _on_leaves(*site.pattern.calm(links, call))
         outcome.refusal = self._differs(site, calm_links, call, outcome)
         if outcome.refusal is None:
             self._time(site, calm_links, call, outcome)
         return run_plainly(links, value)
 
     def _differs(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> str | None:
-        leaves = [
-            t.detach().requires_grad_(t.requires_grad) if i == 0 and t is not None else t
-            for i, t in enumerate(call.tensors)
-        ]
-        call = call._replace(tensors=tuple(leaves))
-        double = call._replace(tensors=tuple(None if t is None else _exact_leaf(t) for t in leaves))
+        leaves = call.tensors
+        exact_leaves = {id(t): _exact_leaf(t) for t in leaves if t is not None}
+        double = call._replace(tensors=tuple(exact_leaves.get(id(t)) for t in leaves))
         plain = tensors_of(run_plainly(links, call.wrap(leaves[0])))
         fused, truth = tensors_of(site.pattern.run(call)), tensors_of(site.pattern.run(double))
         for own, mine, exact in zip(plain, fused, truth, strict=True):
@@ -163,8 +160,6 @@ class TrySite:
             )
         if not wants_gradient(call):
             return
-        if value is not None and value.requires_grad:
-            call = call._replace(tensors=(value.detach().requires_grad_(), *call.tensors[1:]))
         leaves = call.tensors
         wanted = [i for i, t in enumerate(leaves) if t is not None and t.requires_grad]
 
@@ -181,6 +176,19 @@ class TrySite:
                 value,
             ),
         )
+
+
+def _on_leaves(links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
+    """Both on leaves of their own in the place of what the model computed. Gradients end there: they neither
+    take the time of what came before, nor free its graph. A tensor that is given twice stays one."""
+    given = [call.tensors[0], *tree_leaves([arguments for _, *arguments in links])]
+    leaves = {id(t): t.detach().requires_grad_(t.requires_grad) for t in given if isinstance(t, Tensor)}
+
+    def leaf(t: Any) -> Any:
+        return leaves.get(id(t), t)
+
+    moved = [(callee, *tree_map(leaf, arguments)) for callee, *arguments in links]
+    return moved, call._replace(tensors=tuple(map(leaf, call.tensors)))
 
 
 def _exact_leaf(t: Tensor) -> Tensor:
@@ -259,6 +267,10 @@ def try_sites(
             site.trial = None
     for site in sites:
         outcome = trial.outcomes.setdefault(id(site), Outcome(refusal="the example inputs did not reach it"))
+        if not outcome.calls:
+            outcome.refusal = (
+                outcome.refusal or "with the example inputs it is not a call that the kernels take"
+            )
         site.inference = outcome.refusal is None and _faster(outcome.inference)
         site.training = outcome.refusal is None and _faster(outcome.training)
     return trial.outcomes
