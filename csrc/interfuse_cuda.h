@@ -36,6 +36,7 @@ typedef struct interfuse_cuda_rnn_spec {
   int32_t directions; /* 1, or 2: the second runs from each sequence's end */
   int64_t batch, steps, hidden_size;
   int64_t token_strides[2]; /* of (step, sequence): a token's number is step * [0] + sequence * [1] */
+  int64_t part[2];          /* the steps [0] to [1] - 1 alone; {0, 0}: all. For one direction. */
 } interfuse_cuda_rnn_spec;
 
 /* How the work would be shared out on a device, or on one that is described here. */
@@ -60,7 +61,11 @@ INTERFUSE_API interfuse_status interfuse_cuda_rnn_plan(const interfuse_cuda_rnn_
                                                        const interfuse_cuda_device* device,
                                                        interfuse_cuda_rnn_team* team);
 
-/* Tensors are numbered by token, then direction. States (directions, batch, hidden) may be NULL, which is zero;
+/* The steps may come in parts, one launch after the other, so that another layer works on a part that is done while the
+ * next is under way: from the first part to the last forwards, from the last to the first backwards. All parts get the
+ * same arrays, of all steps, and the same workspace; the results are those of one launch, to the bit.
+ *
+ * Tensors are numbered by token, then direction. States (directions, batch, hidden) may be NULL, which is zero;
  * lengths (batch) NULL: all have every step. Where no step comes, y and grads are not written. */
 typedef struct interfuse_cuda_rnn_forward_arrays {
   const float* pre; /* (tokens, directions, gates, hidden): the inputs' part of the gates, biases included */
@@ -71,6 +76,7 @@ typedef struct interfuse_cuda_rnn_forward_arrays {
   void *y, *hn, *cn;
   void* gates;  /* (tokens, directions, 4, hidden), or NULL: nothing is saved for backward */
   float* state; /* (tokens, directions, hidden): an LSTM's c */
+  float* carry; /* (batch, hidden), where the steps come in parts: what goes from one part to the next in float32 */
 } interfuse_cuda_rnn_forward_arrays;
 
 typedef struct interfuse_cuda_rnn_backward_arrays {
@@ -81,6 +87,7 @@ typedef struct interfuse_cuda_rnn_backward_arrays {
   const float* state;
   void* grads; /* (tokens, directions, slots, hidden) before the gates: LSTM i f g o, GRU n r z n', RNN one */
   void *grad_h0, *grad_c0; /* or NULL */
+  float* carry;            /* (2, batch, hidden), where the steps come in parts */
 } interfuse_cuda_rnn_backward_arrays;
 
 /* `workspace`: workspace_bytes of device memory from interfuse_cuda_rnn_plan, free again once the stream has passed. */

@@ -6,16 +6,18 @@ Nothing here waits for the device: lengths and ids are read by kernels alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from interfuse.kernels import rnn_launches as plan
+from interfuse.kernels import rnn_overlap
 from interfuse.kernels.launch import device_why_not, on_device_of
 
 from interfuse.ops._rnn_problem import empty_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -27,22 +29,37 @@ MOST_WEIGHTS = 2**31 - 2**24
 reserve_row = plan.reserve_row
 
 
-class Walks(NamedTuple):
-    """What walks through time, one layer at a call; arguments as those of the launches in rnn_launches.py."""
+class Walks(Protocol):
+    """What walks through time, a layer and some steps at a call; arguments as in rnn_launches.py."""
 
-    forward: Callable[..., None]
-    backward: Callable[..., None]
+    def parts(self, problem: RnnProblem, backward: bool) -> Sequence[range]:
+        """The steps, cut where another layer may go on beside; in their order, also backwards."""
+
+    def memory(self, problem: RnnProblem, backward: bool) -> Any:
+        """What the walk through one layer needs beside its arguments, of whatever kind."""
+
+    def forward(self, steps: range, memory: Any, /, *arguments: Any) -> None: ...
+
+    def backward(self, steps: range, memory: Any, /, *arguments: Any) -> None: ...
 
 
-def _walk(*args: Any) -> None:
-    plan.forward_launch(*args).run()
+class _TritonWalks:
+    """All steps at once."""
+
+    def parts(self, problem: RnnProblem, backward: bool) -> Sequence[range]:
+        return [range(problem.steps)]
+
+    def memory(self, problem: RnnProblem, backward: bool) -> Any:
+        return None
+
+    def forward(self, steps: range, memory: Any, /, *arguments: Any) -> None:
+        plan.forward_launch(*arguments).run()
+
+    def backward(self, steps: range, memory: Any, /, *arguments: Any) -> None:
+        plan.backward_launch(*arguments).run()
 
 
-def _walk_back(*args: Any) -> None:
-    plan.backward_launch(*args).run()
-
-
-TRITON = Walks(_walk, _walk_back)
+TRITON = _TritonWalks()
 
 
 def why_not(problem: RnnProblem) -> str | None:
@@ -78,18 +95,24 @@ def run(
         pre = torch.empty(
             p.batch * p.steps * p.directions * p.gates * p.hidden_size, dtype=torch.float32, device=p.device
         )
-        inputs = plan.first_inputs(p, x, table)
-        for number, layer in enumerate(layers):
-            if p.ragged:
+        first = plan.first_inputs(p, x, table)
+        if p.ragged:
+            for layer in layers:
                 zero_past_the_ends(layer)
+        memories = [walks.memory(p, False) for _ in layers]
+
+        def work(number: int, steps: range) -> None:
+            inputs = first if number == 0 else plan.inner_inputs(p, layers[number - 1].y, number)
             runs = plan.run_weights(p, weights, number)
             for direction, run in enumerate(runs):
-                plan.input_launch(p, inputs, run, direction, lengths, pre).run()
+                # Of these steps, the layer before needs `pre` no more.
+                plan.input_launch(p, inputs, run, direction, lengths, pre, steps).run()
             own = slice(number * p.directions, (number + 1) * p.directions)
             states = (h0[own] if h0 is not None else None, c0[own] if c0 is not None else None)
             final = (hn[own], cn[own] if p.cell == "lstm" else None)
-            walks.forward(p, runs, layer, pre, lengths, *states, *final)
-            inputs = plan.inner_inputs(p, layer.y, number + 1)
+            walks.forward(steps, memories[number], p, runs, layers[number], pre, lengths, *states, *final)
+
+        rnn_overlap.run(rnn_overlap.tasks_of(range(p.layers), walks.parts(p, False), work), p.device)
     return y, hn, cn, reserve
 
 
@@ -122,34 +145,76 @@ def run_backward(
     for place, states in ((1, h0), (2, c0)):
         if mask[place] and states is not None:
             found[place] = torch.empty_like(states)
-    grad_y = None if grad_y is None else grad_y.contiguous()
     with on_device_of(x):
-        layers = plan.kept(p, y, reserve)
-        for number in reversed(range(p.layers)):
+        layers, parts = plan.kept(p, y, reserve), walks.parts(p, True)
+        grad_ys: list[Tensor | None] = [None if grad_y is None else grad_y.contiguous()]  # of the next layer
+        at_work: dict[int, _LayerBack] = {}
+
+        def begin(number: int) -> None:
             own = slice(number * p.directions, (number + 1) * p.directions)
             h0_, c0_, hn_, cn_, *out = (
                 None if t is None else t[own].contiguous() for t in (h0, c0, grad_hn, grad_cn, *found[1:3])
             )
             cn_ = cn_ if p.cell == "lstm" else None
-            grads, grad_out = empty_token_gradients(p)
-            runs = plan.run_weights(p, weights, number)
-            walks.backward(
-                p, runs, layers[number], lengths, h0_, c0_, grad_y, hn_, cn_, grads, grad_out, *out
-            )
-            flat = slice(3 + own.start * p.weights_per_run, 3 + own.stop * p.weights_per_run)
-            if any(mask[flat]):
-                if number == 0:
-                    inputs = plan.first_inputs(p, x, table)
-                else:
-                    inputs = plan.inner_inputs(p, layers[number - 1].y, number)
-                rows = input_rows(p, inputs, lengths)
-                every = weight_gradients(p, rows, layers[number], lengths, h0_, grads, grad_out)
-                found[flat] = [grad if yes else None for grad, yes in zip(every, mask[flat], strict=True)]
+            runs, (grads, grad_out) = plan.run_weights(p, weights, number), empty_token_gradients(p)
+            given = (lengths, h0_, c0_, grad_ys.pop(), hn_, cn_)
             if number > 0 or mask[0]:
-                grad_y = input_gradient(p, runs, grads)
-    if mask[0] and grad_y is not None:
-        found[0] = grad_y.view(p.sequence_shape(p.input_size))
+                shape = (p.batch * p.steps, p.layer_input(number))
+                grad_ys.append(torch.empty(shape, dtype=p.dtype, device=p.device))
+            walk = (p, runs, layers[number], *given, grads, grad_out, *out)
+            at_work[number] = _LayerBack(
+                walk,
+                walks.memory(p, True),
+                input_weights(p, runs),
+                grad_ys[-1] if grad_ys else None,
+                h0_,
+                grads,
+                grad_out,
+            )
+
+        def work(number: int, steps: range) -> None:
+            layer = at_work[number]
+            walks.backward(steps, layer.memory, *layer.walk)
+            if layer.below is not None:
+                input_gradient(p, layer.input_weights, layer.grads, steps, layer.below)
+
+        def finish(number: int) -> None:
+            layer = at_work.pop(number)
+            flat = slice(*(3 + n * p.directions * p.weights_per_run for n in (number, number + 1)))
+            if not any(mask[flat]):
+                return
+            if number == 0:
+                inputs = plan.first_inputs(p, x, table)
+            else:
+                inputs = plan.inner_inputs(p, layers[number - 1].y, number)
+            rows = input_rows(p, inputs, lengths)
+            every = weight_gradients(p, rows, layers[number], lengths, layer.h0, layer.grads, layer.grad_out)
+            found[flat] = [grad if yes else None for grad, yes in zip(every, mask[flat], strict=True)]
+
+        # Layers that do not overlap need not have their gradients in memory at the same time.
+        downwards = list(reversed(range(p.layers)))
+        for together in [downwards] if len(parts) > 1 else [[number] for number in downwards]:
+            for number in together:
+                begin(number)
+            rnn_overlap.run(rnn_overlap.tasks_of(together, parts[::-1], work), p.device)
+            for number in together:
+                finish(number)
+    if grad_ys and grad_ys[0] is not None:
+        found[0] = grad_ys[0].view(p.sequence_shape(p.input_size))
     return found
+
+
+@dataclass(frozen=True)
+class _LayerBack:
+    """A layer on its way back through time."""
+
+    walk: tuple[Any, ...]
+    memory: Any
+    input_weights: list[Tensor]
+    below: Tensor | None  # the gradient of its input
+    h0: Tensor | None
+    grads: Tensor
+    grad_out: Tensor | None
 
 
 def empty_token_gradients(problem: RnnProblem) -> tuple[Tensor, Tensor | None]:
@@ -186,15 +251,24 @@ def at_states(problem: RnnProblem, grads: Tensor, direction: int) -> Tensor:
     return grads[:, direction, -problem.gates * problem.hidden_size :]
 
 
-def input_gradient(problem: RnnProblem, runs: Sequence[plan.RunWeights], grads: Tensor) -> Tensor:
-    """(tokens, input): products over the gates, added over the directions in order."""
+def input_weights(problem: RnnProblem, runs: Sequence[plan.RunWeights]) -> list[Tensor]:
+    """Each direction's, with rows as the token gradients have them: a GRU's gates stand there as n r z."""
     p = problem
-    # A GRU's gates stand in these gradients as n r z.
-    weights = [run.w_ih.roll(p.hidden_size, 0) if p.cell == "gru" else run.w_ih for run in runs]
-    found = at_inputs(p, grads, 0) @ weights[0]
+    return [run.w_ih.roll(p.hidden_size, 0) if p.cell == "gru" else run.w_ih for run in runs]
+
+
+def input_gradient(
+    problem: RnnProblem, weights: Sequence[Tensor], grads: Tensor, steps: range, out: Tensor
+) -> None:
+    """These steps of out (tokens, input): products over the gates, added over the directions in order."""
+    p, to = problem, plan.at_steps(problem, out, steps)
+    first = plan.at_steps(p, at_inputs(p, grads, 0), steps)
+    if to.dim() == 3:  # one product for each sequence
+        torch.bmm(first, weights[0].expand(p.batch, -1, -1), out=to)
+        return
+    torch.mm(first, weights[0], out=to)
     if p.directions == 2:
-        found = torch.addmm(found, at_inputs(p, grads, 1), weights[1])
-    return found
+        torch.addmm(to, at_inputs(p, grads, 1), weights[1], out=to)
 
 
 def weight_gradients(

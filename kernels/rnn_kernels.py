@@ -96,16 +96,16 @@ def initial(states, d, b, batch, u, ok, size):
 @triton.jit
 def input_gates(
     x, ids, weight, bias, recurrent_bias, lengths, out, tokens, inner, x_outer, x_inner, ids_outer,
-    ids_inner, vocabulary, out_token,
+    ids_inner, vocabulary, out_outer, out_inner, first_step,
     INPUT: tl.constexpr, GATE_ROWS: tl.constexpr, SHARED_BIAS: tl.constexpr, BATCH_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[token] = x[token] @ weight^T + bias: ROWS tokens by COLS gate rows.
 
-    Tokens are numbered (outer, inner) as y is; x has any strides. With ids, x is a table whose rows they
-    choose; an id outside of it gives NaN, because a kernel cannot raise. Tokens past their sequence's end are
-    neither read nor written. The recurrent bias is added to the first SHARED_BIAS rows (a GRU multiplies the
-    rest of it by a gate first).
+    Tokens are numbered (outer, inner) as y is; x has any strides. `inner` or `tokens` say how many steps are
+    done, from first_step on. With ids, x is a table whose rows they choose; an id outside of it gives NaN,
+    because a kernel cannot raise. Tokens past their sequence's end are neither read nor written. The
+    recurrent bias is added to the first SHARED_BIAS rows (a GRU multiplies the rest of it by a gate first).
     """
     COL_TILES: tl.constexpr = (GATE_ROWS + COLS - 1) // COLS
     pid = tl.program_id(0)
@@ -114,6 +114,10 @@ def input_gates(
     outer = token // inner
     within = token % inner
     live = token < tokens
+    if BATCH_FIRST:
+        within += first_step
+    else:
+        outer += first_step
     if lengths is not None:
         if BATCH_FIRST:
             live = live & (within < tl.load(lengths + outer, mask=live, other=0))
@@ -144,9 +148,8 @@ def input_gates(
             shift += tl.load(recurrent_bias + cols, mask=cols < SHARED_BIAS, other=0.0).to(tl.float32)
             acc += shift[None, :]
         acc = tl.where(known[:, None], acc, float("nan"))
-        tl.store(
-            out + (token * out_token)[:, None] + cols[None, :], acc, mask=live[:, None] & cols_ok[None, :]
-        )
+        at = outer * out_outer + within * out_inner
+        tl.store(out + at[:, None] + cols[None, :], acc, mask=live[:, None] & cols_ok[None, :])
 
 
 @triton.jit

@@ -285,6 +285,16 @@ def inner_inputs(problem: RnnProblem, y: Tensor, layer: int) -> Inputs:
     return Inputs(y, None, size, inner, (inner * size, size), (0, 0), ends_are_zero=True)
 
 
+def at_steps(problem: RnnProblem, t: Tensor, steps: range) -> Tensor:
+    """The rows of these steps, of a tensor with a row a token; in one dimension where they lie together."""
+    p = problem
+    if len(steps) == p.steps:
+        return t
+    if p.batch_first:
+        return t.unflatten(0, (p.batch, p.steps))[:, steps.start : steps.stop]
+    return t[steps.start * p.batch : steps.stop * p.batch]
+
+
 def _input_tile(problem: RnnProblem, rows: int, cols: int) -> Tile:
     rows, cols = power_of_two(rows, 16, 64), power_of_two(cols, 16, 64)
     if _on_vector_units(problem):
@@ -293,12 +303,20 @@ def _input_tile(problem: RnnProblem, rows: int, cols: int) -> Tile:
 
 
 def input_launch(
-    problem: RnnProblem, inputs: Inputs, run: RunWeights, direction: int, lengths: Tensor | None, pre: Tensor
+    problem: RnnProblem,
+    inputs: Inputs,
+    run: RunWeights,
+    direction: int,
+    lengths: Tensor | None,
+    pre: Tensor,
+    steps: range | None = None,
 ) -> Launch:
-    """What fills one direction of pre (tokens, directions, gates, hidden)."""
+    """What fills one direction of pre (tokens, directions, gates, hidden), or some steps of it."""
     p = problem
-    tokens, gate_rows = p.batch * p.steps, p.gates * p.hidden_size
+    steps = range(p.steps) if steps is None else steps
+    tokens, gate_rows = p.batch * len(steps), p.gates * p.hidden_size
     tile = _input_tile(p, tokens, gate_rows)
+    out_token = p.directions * gate_rows
     return Launch(
         kernels.input_gates,
         math.ceil(tokens / tile.rows) * math.ceil(gate_rows / tile.cols),
@@ -310,7 +328,10 @@ def input_launch(
             "lengths": lengths,
             "out": pre.view(-1)[direction * gate_rows :],
             "tokens": tokens,
-            "out_token": p.directions * gate_rows,
+            "inner": len(steps) if p.batch_first else p.batch,
+            "out_outer": inputs.inner * out_token,
+            "out_inner": out_token,
+            "first_step": steps.start,
         },
         {
             "INPUT": inputs.size,

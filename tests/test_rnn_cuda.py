@@ -114,6 +114,41 @@ def test_on_the_cpu_it_says_where_it_runs() -> None:
         rnn(torch.zeros(2, 1, 1), weights, cell="lstm", backend="cuda")
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 8),
+        ({"steps": 200}, 3),
+        ({"steps": 100}, 1),
+        ({"layers": 1}, 1),
+        ({"directions": 2}, 1),  # a layer needs both directions of the one before
+        ({"batch": 4096}, 1),  # one layer alone fills the device
+        ({"hidden_size": 1024}, 1),  # clusters that wait for each other
+    ],
+)
+def test_layers_overlap_only_where_they_have_room(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], count: int
+) -> None:
+    known = cuda.team
+    monkeypatch.setattr(cuda, "team", lambda spec, backward: known(spec, backward, H200))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: H200.multiprocessors)
+    given = problem(**{"layers": 2, "steps": 512, "hidden_size": 256, **changes})
+    parts = cuda.CudaWalks().parts(given, backward=False)
+    assert len(parts) == count
+    assert [t for part in parts for t in part] == list(range(given.steps))
+
+
+@pytest.mark.parametrize(
+    ("part", "directions", "words"),
+    [((3, 9), 1, "3 to 9 of 5 steps"), ((2, 2), 1, "2 to 2"), ((0, 2), 2, "in 2 directions")],
+)
+def test_parts_of_the_steps_are_checked(part: tuple[int, int], directions: int, words: str) -> None:
+    spec = cuda.spec_of(problem(directions=directions), False)
+    spec.part = part
+    with pytest.raises(cuda.CudaError, match=words):
+        cuda.team(spec, False, H200)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_device_launches_are_refused() -> None:
     address = ctypes.c_void_p(64).value

@@ -29,11 +29,22 @@ RnnWalk checked(const interfuse_cuda_rnn_spec* given) {
   if (!(by_step == s.batch && by_sequence == 1) && !(by_step == 1 && by_sequence == s.steps))
     invalid("rnn: token_strides are %lld and %lld; tokens are numbered with time first (batch, 1) or last (1, steps).",
             (long long)by_step, (long long)by_sequence);
+  const bool whole = s.part[0] == 0 && s.part[1] == 0;
+  if (!whole && (s.directions != 1 || s.part[0] < 0 || s.part[0] >= s.part[1] || s.part[1] > s.steps))
+    invalid("rnn: part is %lld to %lld of %lld steps, in %d directions; it must be a range of the steps that is not empty, in "
+            "one direction, or {0, 0} for all steps.",
+            (long long)s.part[0], (long long)s.part[1], (long long)s.steps, s.directions);
   const Arithmetic arithmetic = s.dtype == INTERFUSE_BFLOAT16  ? Arithmetic::bfloat16
                                 : s.dtype == INTERFUSE_FLOAT16 ? Arithmetic::float16
                                 : s.tf32                       ? Arithmetic::tf32
                                                                : Arithmetic::float32;
-  return {s.cell, gates_of(s.cell), s.directions, arithmetic, s.batch, s.steps, s.hidden_size, by_step, by_sequence};
+  return {s.cell, gates_of(s.cell), s.directions, arithmetic, s.batch, s.steps, s.hidden_size, by_step, by_sequence,
+          s.part[0], whole ? s.steps : s.part[1]};
+}
+
+void check_carry(const RnnWalk& walk, const float* carry) {
+  if (!carry && (walk.begin > 0 || walk.end < walk.steps))
+    invalid("rnn: a part of the steps was asked for without carry, which brings the states from one part to the next.");
 }
 
 RnnMachine machine_of(const interfuse_cuda_device& device) {
@@ -90,7 +101,8 @@ interfuse_status interfuse_cuda_rnn_forward(const interfuse_cuda_rnn_spec* spec,
     const interfuse_cuda_rnn_forward_arrays& a = *arrays;
     if (walk.cell == INTERFUSE_LSTM && (!a.cn || (a.gates && !a.state)))
       invalid("rnn: an LSTM's forward needs cn, and state where gates are saved.");
-    const cuda::RnnForwardArrays all = {a.pre, a.b_hn, a.h0, a.c0, a.lengths, a.y, a.hn, a.cn, a.gates, a.state};
+    cuda::check_carry(walk, a.carry);
+    const cuda::RnnForwardArrays all = {a.pre, a.b_hn, a.h0, a.c0, a.lengths, a.y, a.hn, a.cn, a.gates, a.state, a.carry};
     cuda::run(walk, false, a.w_hh, all, workspace, stream);
   });
 }
@@ -110,8 +122,9 @@ interfuse_status interfuse_cuda_rnn_backward(const interfuse_cuda_rnn_spec* spec
                                                     : a.y != nullptr;
     if (walk.steps > 0 && !saved)
       invalid("rnn: backward needs what forward saved: gates and state of an LSTM, gates and y of a GRU, y of an RNN.");
-    const cuda::RnnBackwardArrays all = {a.grad_y, a.grad_hn, a.grad_cn, a.h0,    a.c0,      a.lengths,
-                                         a.y,      a.gates,   a.state,   a.grads, a.grad_h0, a.grad_c0};
+    cuda::check_carry(walk, a.carry);
+    const cuda::RnnBackwardArrays all = {a.grad_y, a.grad_hn, a.grad_cn, a.h0,      a.c0,      a.lengths, a.y,
+                                         a.gates,  a.state,   a.grads,   a.grad_h0, a.grad_c0, a.carry};
     cuda::run(walk, true, a.w_hh, all, workspace, stream);
   });
 }

@@ -37,7 +37,7 @@ struct Lane {
   int lane, group, slice;
   int64_t direction, first_sequence, longest;
   int unit;  // of the hidden units: this and the one 8 further
-  int64_t length[kPairs];
+  int64_t length[kPairs];  // in this part of the steps
 
   INTERFUSE_DEVICE void begin(const RnnWalk& w, const RnnTeam& t, char* shared_, int rank) {
     walk = w;
@@ -70,7 +70,7 @@ struct Lane {
 
   // The number of a token and direction; step s of the second direction is counted from the sequence's end.
   INTERFUSE_DEVICE int64_t place_of(int p, int64_t s) const {
-    const int64_t time = direction == 0 ? s : length[p] - 1 - s;
+    const int64_t time = direction == 0 ? walk.begin + s : length[p] - 1 - s;
     return (time * walk.token_t + sequence(p) * walk.token_b) * walk.directions + direction;
   }
   INTERFUSE_DEVICE int64_t state_at(int p, int k) const {
@@ -78,6 +78,11 @@ struct Lane {
   }
   INTERFUSE_DEVICE float state(const void* states, int p, int k) const {
     return states && inside(p, k) ? to_float(static_cast<const T*>(states)[state_at(p, k)]) : 0.f;
+  }
+  // The same from what another part of the steps left, if one came before.
+  INTERFUSE_DEVICE float state(const void* states, const float* carried, int p, int k) const {
+    if (!carried) return state(states, p, k);
+    return inside(p, k) ? carried[state_at(p, k)] : 0.f;
   }
 
   // Adds up the slices' parts of the product in a fixed order: sum(m, p, k) afterwards.
@@ -111,8 +116,9 @@ struct Lane {
  private:
   INTERFUSE_DEVICE int64_t length_of(int64_t b, const int64_t* lengths) const {
     if (b >= walk.batch) return 0;
-    const int64_t n = lengths ? lengths[b] : walk.steps;
-    return n < 0 ? 0 : n < walk.steps ? n : walk.steps;
+    int64_t n = lengths ? lengths[b] : walk.end;
+    n = (n < walk.end ? n : walk.end) - walk.begin;
+    return n < 0 ? 0 : n;
   }
   INTERFUSE_DEVICE float* partial(int of_slice) const {
     return reinterpret_cast<float*>(shared + team.partial_at()) +
@@ -149,6 +155,9 @@ rnn_forward(const RnnWalk walk, const RnnTeam team, const RnnForwardArrays a, ch
       weights.load(workspace, team, me.direction, exchange.rank);
       loaded = me.direction;
     }
+    const bool later = walk.begin > 0;
+    const void *h0 = later ? a.hn : a.h0, *c0 = later ? a.cn : a.c0;
+    const float *h_carry = later && kGates != 4 ? a.carry : nullptr, *c_carry = later && kGates == 4 ? a.carry : nullptr;
     float h[kPairs][2], c[kPairs][2], shift[2] = {};
     INTERFUSE_UNROLL
     for (int k = 0; k < 2; ++k)
@@ -157,8 +166,14 @@ rnn_forward(const RnnWalk walk, const RnnTeam team, const RnnForwardArrays a, ch
     INTERFUSE_UNROLL
     for (int p = 0; p < kPairs; ++p) {
       INTERFUSE_UNROLL
-      for (int k = 0; k < 2; ++k) h[p][k] = me.state(a.h0, p, k), c[p][k] = kGates == 4 ? me.state(a.c0, p, k) : 0.f;
-      if (me.owns(p)) me.place(exchange.own(), 0, 1, p, h[p]);
+      for (int k = 0; k < 2; ++k) h[p][k] = c[p][k] = 0.f;
+      if (!me.owns(p)) continue;
+      INTERFUSE_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        h[p][k] = me.state(h0, h_carry, p, k);
+        if (kGates == 4) c[p][k] = me.state(c0, c_carry, p, k);
+      }
+      me.place(exchange.own(), 0, 1, p, h[p]);
     }
     if (me.longest > 0) exchange.publish();
     for (int64_t s = 0; s < me.longest; ++s) {
@@ -220,6 +235,7 @@ rnn_forward(const RnnWalk walk, const RnnTeam team, const RnnForwardArrays a, ch
         if (!me.owns(p) || !me.inside(p, k)) continue;
         put(static_cast<T*>(a.hn) + me.state_at(p, k), h[p][k]);
         if (kGates == 4) put(static_cast<T*>(a.cn) + me.state_at(p, k), c[p][k]);
+        if (walk.end < walk.steps) a.carry[me.state_at(p, k)] = kGates == 4 ? c[p][k] : h[p][k];
       }
   }
   exchange.end();
@@ -258,12 +274,17 @@ rnn_backward(const RnnWalk walk, const RnnTeam team, const RnnBackwardArrays a, 
       weights.load(workspace, team, me.direction, exchange.rank);
       loaded = me.direction;
     }
+    // What the part after this one left for this, and where this leaves it for the part before.
+    const float* carried = walk.end < walk.steps ? a.carry : nullptr;
+    const float* carried_c = carried && kGates > 1 ? carried + walk.batch * hidden : nullptr;
+    float* left = walk.begin > 0 ? a.carry : nullptr;
     // Past the gates: an LSTM's gradient of c, a GRU's of h.
     float carry[kPairs][2];
     INTERFUSE_UNROLL
     for (int p = 0; p < kPairs; ++p)
       INTERFUSE_UNROLL
-      for (int k = 0; k < 2; ++k) carry[p][k] = kGates == 4 ? me.state(a.grad_cn, p, k) : 0.f;
+      for (int k = 0; k < 2; ++k)
+        carry[p][k] = kGates == 1 ? 0.f : me.state(kGates == 4 ? a.grad_cn : nullptr, carried_c, p, k);
     bool sent = false;
     float acc[1][kColumnTiles][4];
     for (int64_t s = me.longest - 1; s >= 0; --s) {
@@ -280,7 +301,7 @@ rnn_backward(const RnnWalk walk, const RnnTeam team, const RnnBackwardArrays a, 
             for (int q = 0; q < 4; ++q)
               v[p][k][q] = live ? to_float(static_cast<const T*>(a.gates)[(here * 4 + q) * hidden + u]) : 0.f;
           }
-          const bool inner = live && s > 0, start = live && s == 0;
+          const bool inner = live && (s > 0 || left), start = live && s == 0 && !left;
           if (kGates == 4) {
             now[p][k] = live ? a.state[here * hidden + u] : 0.f;
             before[p][k] = inner ? a.state[earlier * hidden + u] : start ? me.state(a.c0, p, k) : 0.f;
@@ -303,7 +324,7 @@ rnn_backward(const RnnWalk walk, const RnnTeam team, const RnnBackwardArrays a, 
           for (int q = 0; q < kGates; ++q) d[q][k] = 0.f;
           float dh = dy[p][k] + (sent ? me.sum(acc, 0, p, k) : 0.f);
           if (s >= me.length[p] || !me.real(k)) continue;
-          if (s + 1 == me.length[p]) dh += me.state(a.grad_hn, p, k);
+          if (s + 1 == me.length[p]) dh += me.state(a.grad_hn, carried, p, k);
           T* to = static_cast<T*>(a.grads) + (me.place_of(p, s) * kSlots * hidden + me.unit + 8 * k);
           if (kGates == 4) {
             const float i = v[p][k][0], f = v[p][k][1], g = v[p][k][2], o = v[p][k][3];
@@ -335,22 +356,28 @@ rnn_backward(const RnnWalk walk, const RnnTeam team, const RnnBackwardArrays a, 
         INTERFUSE_UNROLL
         for (int q = 0; q < kGates; ++q) me.place(exchange.own(), q, kGates, p, d[q]);
       }
-      sent = s > 0 || a.grad_h0;
+      sent = s > 0 || a.grad_h0 || left;
       if (sent) exchange.publish();
     }
     // One more step back; a sequence without steps passes the gradients of its final states through.
-    if (a.grad_h0) through_weights(me, weights, exchange, sent, acc);
+    if (a.grad_h0 || left) through_weights(me, weights, exchange, sent, acc);
     INTERFUSE_UNROLL
     for (int p = 0; p < kPairs; ++p)
       INTERFUSE_UNROLL
       for (int k = 0; k < 2; ++k) {
         if (!me.owns(p) || !me.inside(p, k)) continue;
-        if (a.grad_h0) {
-          float dh = me.length[p] == 0 ? me.state(a.grad_hn, p, k) : sent ? me.sum(acc, 0, p, k) : 0.f;
-          if (kGates == 3) dh += carry[p][k];
-          put(static_cast<T*>(a.grad_h0) + me.state_at(p, k), dh);
+        const int64_t at = me.state_at(p, k);
+        if (a.grad_h0 || left) {
+          float dh = me.length[p] == 0 ? me.state(a.grad_hn, carried, p, k) : sent ? me.sum(acc, 0, p, k) : 0.f;
+          if (left)
+            left[at] = dh;
+          else
+            put(static_cast<T*>(a.grad_h0) + at, kGates == 3 ? dh + carry[p][k] : dh);
         }
-        if (kGates == 4 && a.grad_c0) put(static_cast<T*>(a.grad_c0) + me.state_at(p, k), carry[p][k]);
+        if (kGates > 1 && left)
+          left[walk.batch * hidden + at] = carry[p][k];
+        else if (kGates == 4 && a.grad_c0)
+          put(static_cast<T*>(a.grad_c0) + at, carry[p][k]);
       }
   }
   exchange.end();

@@ -84,7 +84,7 @@ void launch_of(const RnnLaunch& given, const RnnBackwardArrays& arrays) {
 
 template <class Kind, class Arrays>
 void launch(const RnnLaunch& given, bool backward, const void* w_hh, const Arrays& arrays) {
-  pack<Kind>(given, backward, w_hh);
+  if (given.first(backward)) pack<Kind>(given, backward, w_hh);
   if (given.walk.gates == 4) return launch_of<Kind, 4>(given, arrays);
   if (given.walk.gates == 3) return launch_of<Kind, 3>(given, arrays);
   launch_of<Kind, 1>(given, arrays);

@@ -18,6 +18,7 @@ struct RnnForwardArrays {
   const int64_t* lengths;
   void *y, *hn, *cn, *gates;
   float* state;
+  float* carry;  // between parts of the steps: an LSTM's c, others' h
 };
 
 // `grads` (tokens, directions, slots, hidden): before the gates, an LSTM's i f g o, a GRU's n r z n' (n' at the
@@ -28,6 +29,7 @@ struct RnnBackwardArrays {
   const void *y, *gates;
   const float* state;
   void *grads, *grad_h0, *grad_c0;
+  float* carry;  // between parts of the steps: h's gradient through the weights, then the rest (a GRU's) or c's
 };
 
 struct RnnLaunch {
@@ -35,6 +37,9 @@ struct RnnLaunch {
   RnnTeam team;
   char* workspace;
   void* stream;
+
+  // The first launch finds no packed weights in the workspace.
+  bool first(bool backward) const { return backward ? walk.end == walk.steps : walk.begin == 0; }
 };
 
 // Of the current device; throws Invalid where there is none.

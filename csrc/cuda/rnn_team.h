@@ -32,6 +32,7 @@ struct RnnWalk {
   int cell, gates, directions;
   Arithmetic arithmetic;
   int64_t batch, steps, hidden, token_t, token_b;
+  int64_t begin, end;  // of the steps, those to walk through; all, where there are two directions
 
   // Instructions' depths that a group of units fills.
   INTERFUSE_BOTH int tiles_of_group() const {

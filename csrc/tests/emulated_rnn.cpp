@@ -36,8 +36,9 @@ void run_of(const RnnLaunch& given, const RnnBackwardArrays& arrays) {
 template <class Kind, class Arrays>
 void launch(const RnnLaunch& given, bool backward, const void* w_hh, const Arrays& arrays) {
   const int64_t threads = given.walk.directions * given.team.fragments() * 32, block = 32 * kWarps;
-  emulate::launch({static_cast<unsigned>((threads + block - 1) / block), 1, 1}, static_cast<unsigned>(block), emulated_order,
-                  [&] { rnn_pack<Kind>(given.walk, given.team, backward, w_hh, given.workspace); });
+  if (given.first(backward))
+    emulate::launch({static_cast<unsigned>((threads + block - 1) / block), 1, 1}, static_cast<unsigned>(block),
+                    emulated_order, [&] { rnn_pack<Kind>(given.walk, given.team, backward, w_hh, given.workspace); });
   if (given.walk.gates == 4) return run_of<Kind, 4>(given, arrays);
   if (given.walk.gates == 3) return run_of<Kind, 3>(given, arrays);
   run_of<Kind, 1>(given, arrays);

@@ -228,9 +228,13 @@ struct Kernel {
   Recurrence problem;
   int gates;
   cuda::RnnWalk walk;
+  std::vector<int64_t> ends;  // of the parts that the steps come in
+  std::vector<float> carry;
 
   explicit Kernel(const Case& given) : c(given), problem(given), gates(static_cast<int>(problem.gates)) {
-    walk = {c.cell, gates, c.directions, c.arithmetic, c.batch, c.steps, c.hidden, c.batch, 1};
+    walk = {c.cell, gates, c.directions, c.arithmetic, c.batch, c.steps, c.hidden, c.batch, 1, 0, c.steps};
+    ends = {c.steps};
+    carry.assign(static_cast<size_t>(2 * c.batch * c.hidden), NAN);
   }
 
   template <class Arrays>
@@ -243,12 +247,22 @@ struct Kernel {
     Doubles workspace(static_cast<size_t>(team.workspace_bytes(c.directions)) / 8 + 1, NAN);
     const auto w = elements<T>(r.w);
     interfuse_test::emulated_order = order;
-    const cuda::RnnLaunch given = {walk, team, reinterpret_cast<char*>(workspace.data()), nullptr};
+    for (size_t i = 0; i < ends.size(); ++i) {
+      const size_t part = backward ? ends.size() - 1 - i : i;
+      cuda::RnnLaunch given = {walk, team, reinterpret_cast<char*>(workspace.data()), nullptr};
+      given.walk.begin = part == 0 ? 0 : ends[part - 1];
+      given.walk.end = ends[part];
+      launch_part(given, w.data(), arrays);
+    }
+  }
+
+  template <class Arrays>
+  void launch_part(const cuda::RnnLaunch& given, const T* w, const Arrays& arrays) {
     switch (c.arithmetic) {
-      case Arithmetic::bfloat16: return cuda::launch_bfloat16(given, w.data(), arrays);
-      case Arithmetic::float16: return cuda::launch_float16(given, w.data(), arrays);
-      case Arithmetic::tf32: return cuda::launch_tf32(given, w.data(), arrays);
-      case Arithmetic::float32: return cuda::launch_float32(given, w.data(), arrays);
+      case Arithmetic::bfloat16: return cuda::launch_bfloat16(given, w, arrays);
+      case Arithmetic::float16: return cuda::launch_float16(given, w, arrays);
+      case Arithmetic::tf32: return cuda::launch_tf32(given, w, arrays);
+      case Arithmetic::float32: return cuda::launch_float32(given, w, arrays);
     }
   }
 
@@ -261,7 +275,7 @@ struct Kernel {
     std::vector<float> state(r.state.size());
     const cuda::RnnForwardArrays a = {pre.data(), b_hn.data(), c.states ? h0.data() : nullptr,
                                       c.states ? c0.data() : nullptr, problem.lengths.data(), y.data(), hn.data(), cn.data(),
-                                      gates > 1 ? kept.data() : nullptr, state.data()};
+                                      gates > 1 ? kept.data() : nullptr, state.data(), carry.data()};
     launch(false, r, order, a);
     std::vector<Doubles> found = {doubles(y), doubles(hn)};
     if (gates == 4) found.push_back(doubles(cn)), found.push_back(Doubles(state.begin(), state.end()));
@@ -278,7 +292,7 @@ struct Kernel {
     const cuda::RnnBackwardArrays a = {grad_y.data(), grad_hn.data(), grad_cn.data(),
                                        c.states ? h0.data() : nullptr, c.states ? c0.data() : nullptr,
                                        problem.lengths.data(), y.data(), kept.data(), state.data(), grads.data(),
-                                       c.states ? grad_h0.data() : nullptr, grad_c0.data()};
+                                       c.states ? grad_h0.data() : nullptr, grad_c0.data(), carry.data()};
     launch(true, r, order, a);
     std::vector<Doubles> found = {doubles(grads)};
     if (c.states) found.push_back(doubles(grad_h0));
@@ -314,6 +328,10 @@ struct Kernel {
     for (size_t i = 0; i < truth.size(); ++i) CHECK(distance(first[i], truth[i]) <= tolerance);
     // Another order of threads or of copies that changes the result means that somebody did not wait.
     for (emulate::Order order : {emulate::Order::backward, emulate::Order::shuffled}) CHECK(find(order) == first);
+    if (c.directions == 2) return;
+    ends = {1, c.steps - 1, c.steps};
+    CHECK(find(emulate::Order::shuffled) == first);
+    ends = {c.steps};
   }
 };
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,6 +27,9 @@ LIBRARY = Path(_native.__file__).parent / "libinterfuse_cuda.so"
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# Layers overlap in parts of the steps: not shorter, since a launch loads its weights, and not more.
+LEAST_STEPS, MOST_PARTS = 64, 8
+
 reserve_row = triton.reserve_row
 
 
@@ -36,6 +40,7 @@ class Spec(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("cell", "dtype", "tf32", "directions")),
         *((name, ctypes.c_int64) for name in ("batch", "steps", "hidden_size")),
         ("token_strides", ctypes.c_int64 * 2),
+        ("part", ctypes.c_int64 * 2),
     )
 
 
@@ -63,8 +68,10 @@ class ForwardArrays(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_void_p)
-        for name in ("pre", "w_hh", "b_hn", "h0", "c0", "lengths", "y", "hn", "cn", "gates", "state")
-    )
+        for name in (
+            "pre", "w_hh", "b_hn", "h0", "c0", "lengths", "y", "hn", "cn", "gates", "state", "carry",
+        )
+    )  # fmt: skip
 
 
 class BackwardArrays(ctypes.Structure):
@@ -74,7 +81,7 @@ class BackwardArrays(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             "grad_y", "grad_hn", "grad_cn", "w_hh", "h0", "c0", "lengths", "y", "gates", "state", "grads",
-            "grad_h0", "grad_c0",
+            "grad_h0", "grad_c0", "carry",
         )
     )  # fmt: skip
 
@@ -105,11 +112,12 @@ def _emulated() -> bool:
     return "emulated" in LIBRARY.name
 
 
-def spec_of(problem: RnnProblem, tf32: bool) -> Spec:
+def spec_of(problem: RnnProblem, tf32: bool, steps: range | None = None) -> Spec:
     p = problem
     strides = (1, p.steps) if p.batch_first else (p.batch, 1)
+    part = (0, 0) if steps is None or len(steps) == p.steps else (steps.start, steps.stop)
     return Spec(
-        CELLS[p.cell], DTYPES[p.dtype], tf32, p.directions, p.batch, p.steps, p.hidden_size, strides
+        CELLS[p.cell], DTYPES[p.dtype], tf32, p.directions, p.batch, p.steps, p.hidden_size, strides, part
     )  # fmt: skip
 
 
@@ -119,6 +127,12 @@ def team(spec: Spec, backward: bool, device: Device | None = None) -> Team:
     if library(LIBRARY).interfuse_cuda_rnn_plan(spec, backward, device, found) != 0:
         raise CudaError(_failure())
     return found
+
+
+def _multiprocessors(device: torch.device) -> int:
+    from interfuse.kernels.launch import multiprocessors
+
+    return multiprocessors(device)
 
 
 def _tf32(problem: RnnProblem) -> bool:
@@ -147,9 +161,7 @@ def why_not(problem: RnnProblem) -> str | None:
 
 
 def rather_not(problem: RnnProblem) -> str | None:
-    return (
-        "the CUDA kernel has never run on a GPU, only on the CPU in its tests; backend='cuda' asks for it."
-    )
+    return "the CUDA kernel has never run on a GPU, only on the CPU in its tests; backend='cuda' asks for it."
 
 
 def _current(device: torch.device) -> Any:
@@ -160,70 +172,103 @@ def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _launch(problem: RnnProblem, backward: bool, arrays: ForwardArrays | BackwardArrays, device: Any) -> None:
+class Memory(NamedTuple):
+    """Of one layer's walk: what its parts hand on, and the library's workspace."""
+
+    carry: Tensor | None
+    workspace: Tensor
+
+
+class CudaWalks:
     """On the tensors' device, which is the current one, and its current stream."""
-    spec = spec_of(problem, _tf32(problem))
-    workspace = torch.empty(team(spec, backward).workspace_bytes, dtype=torch.uint8, device=device)
+
+    def parts(self, problem: RnnProblem, backward: bool) -> Sequence[range]:
+        p = problem
+        count = min(MOST_PARTS, p.steps // LEAST_STEPS)
+        if p.layers == 1 or p.directions == 2 or count < 2:
+            return [range(p.steps)]
+        shared_out = team(spec_of(p, _tf32(p)), backward)
+        blocks = shared_out.teams * shared_out.cluster
+        # Clusters wait for nobody else; blocks that must all run at once could wait for another layer's.
+        if shared_out.clusters > 1 or p.layers * blocks > _multiprocessors(p.device):
+            return [range(p.steps)]
+        cuts = [p.steps * i // count for i in range(count + 1)]
+        return [range(*cut) for cut in pairwise(cuts)]
+
+    def memory(self, problem: RnnProblem, backward: bool) -> Memory:
+        p = problem
+        carry = None
+        if len(self.parts(p, backward)) > 1:
+            carry = torch.empty((2, p.batch, p.hidden_size), dtype=torch.float32, device=p.device)
+        size = team(spec_of(p, _tf32(p)), backward).workspace_bytes
+        return Memory(carry, torch.empty(size, dtype=torch.uint8, device=p.device))
+
+    def forward(
+        self,
+        steps: range,
+        memory: Memory,
+        problem: RnnProblem,
+        runs: Any,
+        layer: Any,
+        pre: Tensor,
+        lengths: Tensor | None,
+        *states: Tensor | None,
+    ) -> None:
+        """The states are the layer's h0, c0, hn and cn."""
+        from interfuse.kernels.rnn_launches import new_gate_bias, side_by_side
+
+        weights, bias = side_by_side([run.w_hh for run in runs]), new_gate_bias(problem, runs)
+        h0, c0, hn, cn = states
+        # What inference keeps as state is scratch of the Triton kernels.
+        state = layer.state if problem.save else None
+        arrays = (pre, weights, bias, h0, c0, lengths, layer.y, hn, cn, layer.gates, state, memory.carry)
+        _launch(problem, steps, ForwardArrays(*map(_address, arrays)), memory)
+
+    def backward(
+        self,
+        steps: range,
+        memory: Memory,
+        problem: RnnProblem,
+        runs: Any,
+        layer: Any,
+        lengths: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        grad_y: Tensor | None,
+        grad_hn: Tensor | None,
+        grad_cn: Tensor | None,
+        grads: Tensor,
+        grad_out: Tensor | None,
+        grad_h0: Tensor | None,
+        grad_c0: Tensor | None,
+    ) -> None:
+        from interfuse.kernels.rnn_launches import side_by_side
+
+        arrays = (
+            grad_y, grad_hn, grad_cn, side_by_side([run.w_hh for run in runs]), h0, c0, lengths, layer.y,
+            layer.gates, layer.state, grads, grad_h0, grad_c0, memory.carry,
+        )  # fmt: skip
+        _launch(problem, steps, BackwardArrays(*map(_address, arrays)), memory)
+
+
+def _launch(
+    problem: RnnProblem, steps: range, arrays: ForwardArrays | BackwardArrays, memory: Memory
+) -> None:
+    device, backward = memory.workspace.device, isinstance(arrays, BackwardArrays)
+    spec = spec_of(problem, _tf32(problem), steps)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     function = getattr(library(LIBRARY), f"interfuse_cuda_rnn_{'backward' if backward else 'forward'}")
-    if function(spec, arrays, workspace.data_ptr(), stream) != 0:
+    if function(spec, arrays, memory.workspace.data_ptr(), stream) != 0:
         raise CudaError(_failure())
-
-
-def _forward(
-    problem: RnnProblem, runs: Any, layer: Any, pre: Tensor, lengths: Tensor | None, *states: Tensor | None
-) -> None:
-    """One layer's recurrence; the states are its h0, c0, hn and cn."""
-    from interfuse.kernels.rnn_launches import new_gate_bias, side_by_side
-
-    weights, bias = side_by_side([run.w_hh for run in runs]), new_gate_bias(problem, runs)
-    h0, c0, hn, cn = states
-    addresses = map(
-        _address, (pre, weights, bias, h0, c0, lengths, layer.y, hn, cn, layer.gates, _state(problem, layer))
-    )
-    _launch(problem, False, ForwardArrays(*addresses), pre.device)
-
-
-def _state(problem: RnnProblem, layer: Any) -> Tensor | None:
-    """What inference keeps there is scratch of the Triton kernels."""
-    return layer.state if problem.save else None
-
-
-def _backward(
-    problem: RnnProblem,
-    runs: Any,
-    layer: Any,
-    lengths: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    grad_y: Tensor | None,
-    grad_hn: Tensor | None,
-    grad_cn: Tensor | None,
-    grads: Tensor,
-    grad_out: Tensor | None,
-    grad_h0: Tensor | None,
-    grad_c0: Tensor | None,
-) -> None:
-    from interfuse.kernels.rnn_launches import side_by_side
-
-    weights = side_by_side([run.w_hh for run in runs])
-    addresses = map(
-        _address,
-        (
-            grad_y, grad_hn, grad_cn, weights, h0, c0, lengths, layer.y, layer.gates, layer.state, grads,
-            grad_h0, grad_c0,
-        ),
-    )  # fmt: skip
-    _launch(problem, True, BackwardArrays(*addresses), grads.device)
 
 
 def run(problem: RnnProblem, *inputs: Any) -> Four:
     from interfuse.kernels import rnn
 
-    return rnn.run(problem, *inputs, walks=rnn.Walks(_forward, _backward))
+    return rnn.run(problem, *inputs, walks=CudaWalks())
 
 
 def run_backward(problem: RnnProblem, *arguments: Any) -> Sequence[Tensor | None]:
     from interfuse.kernels import rnn
 
-    return rnn.run_backward(problem, *arguments, walks=rnn.Walks(_forward, _backward))
+    return rnn.run_backward(problem, *arguments, walks=CudaWalks())
