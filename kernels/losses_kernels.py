@@ -14,7 +14,7 @@ from .products import dot
 
 
 @triton.jit
-def _logits(
+def logits(
     x, x_row, weight, bias, rows, outs, row_ok, out_ok, features, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def sums(
     for start in range(0, part, COLS):
         outs = begin + start + tl.arange(0, COLS)
         out_ok = outs < classes
-        z = _logits(
+        z = logits(
             x, x_row, weight, bias, rows, outs, row_ok, out_ok, features, PRECISION, WIDEN, ROWS, COLS, DEPTH
         )
         found += tl.sum(tl.where(outs[None, :] == labels[:, None], z, 0.0), 1)
@@ -121,7 +121,7 @@ def gradient(
     rows = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     outs = (pid // tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     row_ok, out_ok = rows < row_count, outs < classes
-    z = _logits(
+    z = logits(
         x, x_row, weight, bias, rows, outs, row_ok, out_ok, features, PRECISION, WIDEN, ROWS, COLS, DEPTH
     )
     labels = tl.load(target + rows, mask=row_ok, other=-1)

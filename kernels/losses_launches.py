@@ -29,7 +29,7 @@ def chunk_rows(problem: CrossEntropyProblem) -> int:
     return max(LEAST_CHUNK_ROWS, CHUNK_ELEMENTS // problem.classes)
 
 
-def _precision(problem: CrossEntropyProblem) -> str:
+def precision(problem: CrossEntropyProblem) -> str:
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
@@ -38,7 +38,7 @@ def tile_of(problem: CrossEntropyProblem) -> Tile:
     """Small where products run on the vector units."""
     if interpreting():
         return Tile(rows=16, cols=16, depth=16, warps=4, stages=2)
-    units = problem.dtype != torch.float32 or _precision(problem) == "tf32"
+    units = problem.dtype != torch.float32 or precision(problem) == "tf32"
     side = 64 if units else 32
     rows = power_of_two(problem.rows, 16, side)
     # With four warps, a whole tile of logits would leave too few registers for the rest.
@@ -49,7 +49,7 @@ def tile_of(problem: CrossEntropyProblem) -> Tile:
 def _constants(problem: CrossEntropyProblem) -> dict[str, object]:
     return {
         "SMOOTH": problem.params.label_smoothing > 0,
-        "PRECISION": _precision(problem),
+        "PRECISION": precision(problem),
         "WIDEN": interpreting(),
         **tile_of(problem).constants(),
     }

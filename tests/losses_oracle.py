@@ -86,3 +86,33 @@ def with_gradients(loss: Tensor, t: Drawn) -> list[Tensor]:
 def truth(case: Case, t: Drawn) -> list[Tensor]:
     exact = t.double()
     return with_gradients(torchs(case, exact), exact)
+
+
+# ---- losses of two tensors
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """The loss and the gradients of the leaves."""
+    grad = draw(*loss.shape, seed=9).to(loss.device, loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, grad)]
+
+
+def contrastive(a: Tensor, b: Tensor, target: Tensor, margin: float, reduction: str) -> Tensor:
+    distance = (a - b).square().sum(-1).sqrt()
+    loss = (target * distance**2 + (1 - target) * (margin - distance).clamp(min=0) ** 2) / 2
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def similarities(
+    a: Tensor, b: Tensor, temperature: Tensor | float, normalize: bool, symmetric: bool, reduction: str
+) -> Tensor:
+    """InfoNCE by the matrix of similarities."""
+    if normalize:
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    logits, partner = a @ b.T / temperature, torch.arange(len(a))
+    loss = F.cross_entropy(logits, partner, reduction=reduction)
+    return (loss + F.cross_entropy(logits.T, partner, reduction=reduction)) / 2 if symmetric else loss

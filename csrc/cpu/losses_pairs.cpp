@@ -30,11 +30,11 @@ INTERFUSE_INLINE Vec log_of_one_plus(Vec u) {
 
 INTERFUSE_INLINE Point binary_cross_entropy(Vec x, Vec t, Vec positive) {
   const Vec e = exp(-magnitude(x)), inverse = 1.f / (1.f + e);
-  // The probability of zero, and minus the logarithm of that of one.
-  const Vec of_zero = select(x < zero(), inverse, e * inverse);
-  const Vec minus_log = log_of_one_plus(e) + select(x < zero(), -x, zero());
+  const Vec of_zero = select(x < zero(), inverse, e * inverse);  // the probability of zero
   const Vec weight = multiply_add(positive - 1.f, t, splat(1.f));
-  return {multiply_add(1.f - t, x, weight * minus_log), (1.f - t) - weight * of_zero};
+  // Parts that do not cancel: far from 0 the logarithm is all that is left.
+  const Vec linear = x * select(x < zero(), -positive * t, 1.f - t);
+  return {multiply_add(weight, log_of_one_plus(e), linear), (1.f - t) - weight * of_zero};
 }
 
 INTERFUSE_INLINE Point squared_error(Vec x, Vec t) {

@@ -64,7 +64,8 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
     from interfuse.ops import _linear_checks as linear_checks
     from interfuse.ops import _rnn_checks as rnn_checks
     from interfuse.ops._linear_problem import LinearParams
-    from interfuse.ops._losses_problem import CrossEntropyParams, CrossEntropyProblem
+    from interfuse.ops._losses_pairs_ops import CONTRASTIVE, ELEMENTWISE
+    from interfuse.ops._losses_problem import CrossEntropyParams, CrossEntropyProblem, PairProblem
     from interfuse.ops.attention import IMPLEMENTATIONS as attention  # noqa: N811
     from interfuse.ops.conv_pool import IMPLEMENTATIONS as conv_pool  # noqa: N811
     from interfuse.ops.linear import IMPLEMENTATIONS as linear  # noqa: N811
@@ -78,6 +79,7 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
     image, kernels = torch.empty(1, 3, 8, 8), torch.empty(8, 3, 3, 3)
     sequence, weights = torch.empty(3, 1, 8), [torch.empty(32, 8), torch.empty(32, 8)]
     lstm = rnn_checks.RnnParams("lstm")
+    pair = PairProblem(torch.float32, torch.device("cpu"))
     head = torch.empty(1, 1, 4, 8)
     heads = attention_checks.Inputs(head, head, head, None, None, None)
     plainly = attention_checks.resolve(head, False, None, None)
@@ -91,6 +93,8 @@ def backends() -> dict[str, list[dict[str, str | None]]]:
             losses,
             CrossEntropyProblem(CrossEntropyParams(), 3, 32, 8, torch.float32, torch.device("cpu"), False),
         ),
+        "binary_cross_entropy_with_logits": (ELEMENTWISE, pair),
+        "contrastive_loss": (CONTRASTIVE, pair),
         "rnn": (rnn, rnn_checks.check(sequence, None, None, None, None, weights, lstm, save=False)),
         "attention": (attention, attention_checks.check(heads, plainly, weights=False, save=False)),
     }

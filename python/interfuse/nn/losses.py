@@ -103,7 +103,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """torch.nn.BCEWithLogitsLoss; the loss and its gradient in one pass over memory."""
+    """torch.nn.BCEWithLogitsLoss; the loss is one pass over memory, and its gradient another."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         return binary_cross_entropy_with_logits(

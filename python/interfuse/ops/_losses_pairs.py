@@ -1,27 +1,21 @@
 """Losses of two tensors: binary cross-entropy, contrastive, InfoNCE, reconstruction of several modalities.
 
-From top to bottom: the public functions, the implementations, the registered ops, autograd and vmap. The
-first two have kernels of their own on the CPU, which read each tensor once; everywhere else they are torch's
-functions. InfoNCE is linear_cross_entropy with one modality as the other's weight.
+The public functions and their checks; the registered ops stand in _losses_pairs_ops.py. On the CPU, InfoNCE
+is linear_cross_entropy with one modality as the other's weight; on a GPU it has an op of its own.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interfuse import _native
-from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import Implementation, choose
-from interfuse.ops._linear_native import row_stride
+from interfuse.autocast import autocast_dtype, cast
 from interfuse.ops._losses_checks import fail
-from interfuse.ops._losses_problem import DTYPES, REDUCTIONS, PairProblem, loss_dtype
-from interfuse.ops._vmap import sample, stacked
+from interfuse.ops._losses_problem import DTYPES, REDUCTIONS, loss_dtype
 from interfuse.reference import losses as reference
 from interfuse.torch_state import in_transform
 
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 KINDS = ("bce_with_logits", "mse")
-_CORE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def binary_cross_entropy_with_logits(
@@ -41,7 +34,7 @@ def binary_cross_entropy_with_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """torch.nn.functional.binary_cross_entropy_with_logits; loss and gradient in one pass over memory."""
+    """torch.nn.functional.binary_cross_entropy_with_logits; the loss is one pass over memory."""
     return _elementwise(
         "binary_cross_entropy_with_logits", KINDS[0], input, target, weight, pos_weight, reduction, backend
     )
@@ -66,7 +59,7 @@ def contrastive_loss(
         target: (...): 1 for pairs that belong together, 0 for those that do not, or between.
         margin: the distance from which on pairs that do not belong together cost nothing.
         reduction: "none", "mean" or "sum".
-        backend: None to choose the fastest, or "native" or "reference".
+        backend: None to choose the fastest, or "native", "triton" or "reference".
     """
     op = "contrastive_loss"
     _check_pair(op, reduction, input1=input1, input2=input2)
@@ -90,7 +83,7 @@ def contrastive_loss(
         loss = reference.contrastive_rows(rows[0], rows[1], labels, float(margin))[0]
     else:
         loss = torch.ops.interfuse.contrastive_loss.default(*rows, labels, float(margin), backend or "")[0]
-    return _reduced(loss.reshape(target.shape), reduction).to(dtype)
+    return reference.reduced(loss.reshape(target.shape), reduction).to(dtype)
 
 
 def info_nce(
@@ -105,8 +98,8 @@ def info_nce(
 ) -> Tensor:
     """Cross-entropy of each row of one modality choosing its partner among all rows of the other.
 
-    The matrix of similarities, (rows, rows), is never kept: see linear_cross_entropy, which computes it some
-    rows at a time, with the other modality as weight.
+    The matrix of similarities, (rows, rows), is never kept. On the CPU this is linear_cross_entropy, which
+    computes some of its rows at a time, with the other modality as weight; on a GPU each program has a tile.
 
     Args:
         input1: (rows, features).
@@ -115,7 +108,7 @@ def info_nce(
         normalize: divide each row by its length first, so that similarities are cosines.
         symmetric: the mean of both directions; else input1 chooses from input2 alone.
         reduction: "none", "mean" or "sum", over the rows.
-        backend: of linear_cross_entropy.
+        backend: None to choose the fastest, or "native", "triton" or "reference".
     """
     from interfuse.ops.losses import linear_cross_entropy
 
@@ -131,12 +124,22 @@ def info_nce(
         raise fail(f"the temperature must be a finite number above 0; got {temperature!r}.", op)
     first, second = (F.normalize(x, dim=-1) if normalize else x for x in (input1, input2))
     first = first / temperature
-    partner = torch.arange(first.shape[0], device=first.device)
-    settings: dict[str, Any] = {"reduction": reduction, "backend": backend}
-    loss = linear_cross_entropy(first, second.to(first.dtype), partner, **settings)
-    if symmetric:
-        loss = (loss + linear_cross_entropy(second.to(first.dtype), first, partner, **settings)) / 2
-    return loss
+    second = second.to(first.dtype)
+    if first.is_cpu and backend in (None, "native"):
+        partner = torch.arange(first.shape[0])
+        settings: dict[str, Any] = {"reduction": reduction, "backend": backend}
+        loss = linear_cross_entropy(first, second, partner, **settings)
+        if not symmetric:
+            return loss
+        return (loss + linear_cross_entropy(second, first, partner, **settings)) / 2
+    out_dtype, dtype = _computed_in(first), autocast_dtype(first.device)
+    if dtype is not None:
+        first, second = cast(first, dtype), cast(second, dtype)
+    if _by_formula():
+        loss = reference.info_nce_rows(first, second, symmetric)[0]
+    else:
+        loss = torch.ops.interfuse.info_nce.default(first, second, symmetric, backend or "")[0]
+    return reference.reduced(loss, reduction).to(out_dtype)
 
 
 def reconstruction_loss(
@@ -222,10 +225,6 @@ def _by_formula() -> bool:
     return not torch.compiler.is_compiling() and in_transform()
 
 
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-
-
 def _elementwise(
     op: str,
     kind: str,
@@ -253,264 +252,9 @@ def _elementwise(
     factor, positive = (None if t is None else t.to(exact) for t in (weight, pos_weight))
     if _by_formula() or any(t is not None and t.requires_grad for t in constants):
         # The kernels take these as constants; torch's formula differentiates by them too.
-        loss = _reduced(reference.elementwise(x, target, factor, positive, kind), reduction)
+        loss = reference.reduced(reference.elementwise(x, target, factor, positive, kind), reduction)
     else:
-        save = torch.is_grad_enabled() and x.requires_grad
         loss = torch.ops.interfuse.elementwise_loss.default(
-            x, target, factor, positive, kind, reduction, backend or "", save
-        )[0]
+            x, target, factor, positive, kind, reduction, backend or ""
+        )
     return loss.to(_computed_in(x))
-
-
-# ---- implementations
-
-
-def _why_not(problem: PairProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in _CORE_DTYPES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
-    return None
-
-
-def _matrix(t: Tensor, shape: torch.Size) -> tuple[Tensor, list[int]]:
-    """Weights as the core reads them beside a dense (rows, columns), and their two strides."""
-    t = t.expand(shape)
-    if not shape:
-        return t, [0, 0]
-    rows = row_stride(t[..., :1])
-    columns = 0 if shape[-1] == 1 else t.stride(-1)
-    if rows is None or columns not in (0, 1):
-        return t.contiguous(), [shape[-1], 1]
-    return t, [rows, columns]
-
-
-def _native_elementwise(
-    x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, kind: str, reduction: str,
-    grad_loss: Tensor | None, loss: Tensor | None, grad: Tensor | None,
-) -> None:  # fmt: skip
-    x, t = x.contiguous(), target.contiguous()
-    columns = x.shape[-1] if x.dim() else 1
-    placed = [(None, [0, 0]) if w is None else _matrix(w, x.shape) for w in (weight, pos_weight)]
-    if grad_loss is not None:
-        grad_loss = grad_loss.contiguous()
-    given = (x, t, placed[0][0], placed[1][0], grad_loss, loss, grad)
-    rows = x.numel() // columns if columns else 0
-    _native.elementwise_loss(
-        kind, _CORE_DTYPES[x.dtype], reduction, rows, columns, placed[0][1], placed[1][1],
-        [0 if s is None else s.data_ptr() for s in given], torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _empty_loss(x: Tensor, reduction: str) -> Tensor:
-    shape = x.shape if reduction == "none" else ()
-    return torch.empty(shape, dtype=loss_dtype(x.dtype), device=x.device)
-
-
-def _keeps(reduction: str, save: bool) -> bool:
-    return save and reduction != "none"
-
-
-def _run_native(
-    x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, kind: str, reduction: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    loss = _empty_loss(x, reduction)
-    grad = torch.empty_like(x, memory_format=torch.contiguous_format) if _keeps(reduction, save) else None
-    _native_elementwise(x, target, weight, pos_weight, kind, reduction, None, loss, grad)
-    return loss, x.new_empty(0) if grad is None else grad
-
-
-def _run_native_backward(
-    grad_loss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None,
-    kind: str, reduction: str,
-) -> Tensor:  # fmt: skip
-    grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _native_elementwise(x, target, weight, pos_weight, kind, reduction, grad_loss, None, grad)
-    return grad
-
-
-def _run_reference(
-    x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, kind: str, reduction: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    loss = _reduced(reference.elementwise(x, target, weight, pos_weight, kind), reduction)
-    if not _keeps(reduction, save):
-        return loss.clone(), x.new_empty(0)
-    one = torch.ones((), dtype=loss.dtype, device=loss.device)
-    return loss.clone(), _run_reference_backward(one, x, target, weight, pos_weight, kind, reduction)
-
-
-def _run_reference_backward(*args: Any) -> Tensor:
-    return reference.elementwise_backward(*args).clone(memory_format=torch.contiguous_format)
-
-
-def _run_native_contrastive(
-    input1: Tensor, input2: Tensor, target: Tensor, margin: float
-) -> tuple[Tensor, Tensor]:
-    a, b, labels = input1.contiguous(), input2.contiguous(), target.contiguous()
-    loss, slope = torch.empty_like(labels), torch.empty_like(labels)
-    pointers = [t.data_ptr() for t in (a, b, labels, loss, slope)]
-    rows, columns = a.shape
-    _native.contrastive_loss(_CORE_DTYPES[a.dtype], rows, columns, margin, pointers, torch.get_num_threads())
-    return loss, slope
-
-
-def _run_native_contrastive_backward(
-    grad_loss: Tensor, input1: Tensor, input2: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor]:
-    a, b, given = input1.contiguous(), input2.contiguous(), (slope.contiguous(), grad_loss.contiguous())
-    grads = torch.empty_like(a), torch.empty_like(b)
-    _native.contrastive_loss_backward(
-        _CORE_DTYPES[a.dtype],
-        a.shape[0],
-        a.shape[1],
-        [t.data_ptr() for t in (a, b, *given, *grads)],
-        torch.get_num_threads(),
-    )
-    return grads
-
-
-# In order of preference; the references run everything.
-ELEMENTWISE = (
-    Implementation("native", _why_not, _run_native, _run_native_backward),
-    Implementation("reference", lambda problem: None, _run_reference, _run_reference_backward),
-)
-CONTRASTIVE = (
-    Implementation("native", _why_not, _run_native_contrastive, _run_native_contrastive_backward),
-    Implementation(
-        "reference", lambda problem: None, reference.contrastive_rows, reference.contrastive_backward
-    ),
-)
-
-
-# ---- registered ops
-
-
-def _chosen(table: Sequence[Implementation], x: Tensor, backend: str) -> Implementation:
-    return choose(table, PairProblem(x.dtype, x.device), backend)
-
-
-def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, backend, save = args
-    return _chosen(ELEMENTWISE, x, backend).run(x, *tensors, save)
-
-
-def _run_backward(grad_loss: Tensor, x: Tensor, *args: Any) -> Tensor:
-    *rest, backend = args
-    return _chosen(ELEMENTWISE, x, backend).run_backward(grad_loss, x, *rest)
-
-
-def _run_contrastive(
-    input1: Tensor, input2: Tensor, target: Tensor, margin: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _chosen(CONTRASTIVE, input1, backend).run(input1, input2, target, margin)
-
-
-def _run_contrastive_backward(
-    grad_loss: Tensor, input1: Tensor, input2: Tensor, slope: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    run = _chosen(CONTRASTIVE, input1, backend).run_backward
-    return run(grad_loss, input1, input2, slope)
-
-
-def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    reduction, save = args[-3], args[-1]
-    grad = torch.empty_like(x, memory_format=torch.contiguous_format) if _keeps(reduction, save) else None
-    return _empty_loss(x, reduction), x.new_empty(0) if grad is None else grad
-
-
-def _fake_backward(grad_loss: Tensor, x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_contrastive(input1: Tensor, input2: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    rows = [torch.empty(target.shape, dtype=target.dtype, device=target.device) for _ in range(2)]
-    return rows[0], rows[1]
-
-
-def _fake_contrastive_backward(grad_loss: Tensor, input1: Tensor, input2: Tensor, *args: Any) -> Any:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input1, input2))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, kind, reduction, backend, save = inputs
-    grad = output[1]
-    ctx.save_for_backward(*tensors, grad)
-    ctx.settings, ctx.has_grad = (kind, reduction, backend), _keeps(reduction, save)
-    ctx.mark_non_differentiable(grad)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 7
-    if grad_loss is None:
-        return (None, *nothing)
-    *tensors, grad = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return (reference.elementwise_backward(grad_loss, *tensors, *ctx.settings[:2]), *nothing)
-    if ctx.has_grad:
-        # A product and not the saved tensor itself, which may become a .grad and be added to in place.
-        return (grad * grad_loss, *nothing)
-    return (
-        torch.ops.interfuse.elementwise_loss_backward.default(grad_loss, *tensors, *ctx.settings),
-        *nothing,
-    )
-
-
-def _setup_contrastive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input1, input2, target, margin, backend = inputs
-    ctx.save_for_backward(input1, input2, target, output[1])
-    ctx.settings = margin, backend
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_contrastive(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 3
-    if grad_loss is None:
-        return (None, None, *nothing)
-    input1, input2, target, slope = ctx.saved_tensors
-    margin, backend = ctx.settings
-    if torch.is_grad_enabled():
-        slope = reference.contrastive_slope(input1, input2, target, margin)
-        return (*reference.contrastive_backward(grad_loss, input1, input2, slope), *nothing)
-    op = torch.ops.interfuse.contrastive_loss_backward.default
-    return (*op(grad_loss, input1, input2, slope, backend), *nothing)
-
-
-def _vmap(op: Any, count: int, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """Each sample is a call."""
-    samples = [op(*sample(args[:count], in_dims[:count], i), *args[count:]) for i in range(info.batch_size)]
-    if isinstance(samples[0], Tensor):
-        return torch.stack(samples), 0
-    return stacked(samples)
-
-
-def register(library: torch.library.Library) -> None:
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    both = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str kind, str reduction"
-    both += ", str backend"
-    pair = "Tensor input1, Tensor input2"
-    for name, schema, run, fake, tensors in (
-        ("elementwise_loss", f"({both}, bool save) -> (Tensor loss, Tensor grad)", _run, _fake, 4),
-        ("elementwise_loss_backward", f"(Tensor grad_loss, {both}) -> Tensor", _run_backward,
-         _fake_backward, 5),
-        ("contrastive_loss",
-         f"({pair}, Tensor target, float margin, str backend) -> (Tensor loss, Tensor slope)",
-         _run_contrastive, _fake_contrastive, 3),
-        ("contrastive_loss_backward",
-         f"(Tensor grad_loss, {pair}, Tensor slope, str backend) -> (Tensor grad1, Tensor grad2)",
-         _run_contrastive_backward, _fake_contrastive_backward, 4),
-    ):  # fmt: skip
-        library.define(f"{name}{schema}", tags=tags)
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"interfuse::{name}", fake, lib=library)
-        op = getattr(torch.ops.interfuse, name).default
-        torch.library.register_vmap(f"interfuse::{name}", partial(_vmap, op, tensors), lib=library)
-    torch.library.register_autograd(
-        "interfuse::elementwise_loss", _backward, setup_context=_setup, lib=library
-    )
-    torch.library.register_autograd(
-        "interfuse::contrastive_loss", _backward_contrastive, setup_context=_setup_contrastive, lib=library
-    )

@@ -97,6 +97,45 @@ class PairProblem:
     device: torch.device
 
 
+class Factor(NamedTuple):
+    """What elements are multiplied by: a matrix beside theirs, read by two strides; None is 1."""
+
+    values: Tensor | None
+    strides: tuple[int, int]
+
+
+class Elements(NamedTuple):
+    """A loss element by element, as kernels read it: input and target are dense."""
+
+    input: Tensor
+    target: Tensor
+    weight: Factor
+    pos_weight: Factor
+    kind: str
+    reduction: str
+
+    @property
+    def columns(self) -> int:
+        return self.input.shape[-1] if self.input.dim() else 1
+
+    def empty_loss(self) -> Tensor:
+        return empty_loss(self.input, self.reduction)
+
+
+class Similarity(NamedTuple):
+    """One modality beside the other, and the logarithms of the sums of exponentials that its gradient has."""
+
+    input: Tensor
+    other: Tensor
+    lse: Tensor | None
+    other_lse: Tensor | None
+
+
+def empty_loss(x: Tensor, reduction: str) -> Tensor:
+    shape = x.shape if reduction == "none" else ()
+    return torch.empty(shape, dtype=loss_dtype(x.dtype), device=x.device)
+
+
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the loss of tensors of this dtype: sums over a vocabulary are not kept in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,7 +14,7 @@ import torch
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _losses_native as native
-from interfuse.ops import _losses_pairs as pairs
+from interfuse.ops import _losses_pairs_ops as pairs
 from interfuse.ops import _losses_transforms as transforms
 from interfuse.ops import _losses_triton as triton
 from interfuse.ops._losses_checks import check, check_mask, check_saved, check_shapes, check_types, resolve

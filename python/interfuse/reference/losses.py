@@ -99,6 +99,10 @@ def run_backward(
     return first, second, third
 
 
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
 def elementwise(
     x: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, kind: str
 ) -> Tensor:
@@ -152,6 +156,31 @@ def contrastive_rows(a: Tensor, b: Tensor, target: Tensor, margin: float) -> tup
 def contrastive_backward(grad_loss: Tensor, a: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     grad = (a.to(slope.dtype) - b.to(slope.dtype)) * (slope * grad_loss).unsqueeze(-1)
     return grad.to(a.dtype), -grad.to(b.dtype)
+
+
+def info_nce_rows(first: Tensor, second: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss, and the logarithms of the sums of exponentials over rows and, if wanted, columns."""
+    z = _similarities(first, second)
+    lse = torch.logsumexp(z, 1)
+    other = torch.logsumexp(z, 0) if symmetric else z.new_empty(0)
+    return ((lse + other) / 2 if symmetric else lse) - z.diagonal(), lse, other
+
+
+def info_nce_backward(
+    grad_loss: Tensor, first: Tensor, second: Tensor, lse: Tensor, other_lse: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    z = _similarities(first, second)
+    grad = torch.exp(z - lse.unsqueeze(1)) * grad_loss.unsqueeze(1)
+    if symmetric:
+        grad = (grad + torch.exp(z - other_lse) * grad_loss) / 2
+    grad = (grad - torch.diag_embed(grad_loss)).to(first.dtype)
+    return grad @ second, grad.T @ first
+
+
+def _similarities(first: Tensor, second: Tensor) -> Tensor:
+    from interfuse.ops._losses_problem import loss_dtype
+
+    return F.linear(first, second).to(loss_dtype(first.dtype))
 
 
 def _distance(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
