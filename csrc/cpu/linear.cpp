@@ -88,9 +88,9 @@ void softmax_rows(const Linear& p, float* y, int64_t row_count, int threads) {
 }
 
 #if defined(INTERFUSE_SPLIT_PRODUCT)
-// With fewer rows, cutting the weight into pieces takes longer than the matrix units save; more at a time than a few
+// Panels are of 32 rows: with fewer than two thirds of them, the vector units are as fast. More rows at a time than a few
 // hundred save nothing any more.
-constexpr int64_t kRowsWorthSplitting = 128, kRowsSplit = 256, kSplitBytes = 16 << 20;
+constexpr int64_t kRowsWorthSplitting = 20, kRowsSplit = 256, kSplitBytes = 16 << 20;
 
 bool worth_splitting(const Linear& p, int64_t rows) {
   return p.weight_dtype == INTERFUSE_FLOAT32 && p.dtype == INTERFUSE_FLOAT32 && rows >= kRowsWorthSplitting &&
@@ -102,10 +102,14 @@ void cut_inputs(const Linear& p, const InputRows* inputs, Range rows, int64_t st
   const int64_t begin = step * split::kDepth, end = begin + split::kDepth < p.depth ? begin + split::kDepth : p.depth;
   int64_t i = 0;
   while (p.inputs[i].column + p.inputs[i].width <= begin) ++i;
-  const bool one = p.inputs[i].column + p.inputs[i].width >= end;
+  const bool one = p.inputs[i].column + p.inputs[i].width >= end, whole = one && end - begin == split::kDepth;
   for (int64_t r = 0; r < split::kSide; ++r) {
     const int64_t row = rows.begin + r < rows.end ? rows.begin + r : rows.end - 1;
     const float* from = inputs[i].data + row * inputs[i].stride + (begin - p.inputs[i].column);
+    if (whole) {
+      split::cut_along(load(from), load(from + kLanes), to + r * split::kDepth);
+      continue;
+    }
     float joined[split::kDepth];
     if (!one) {
       int64_t at = begin;
@@ -132,10 +136,9 @@ INTERFUSE_INLINE void cut_weight(const Linear& p, const float* weight, int64_t b
   // Beyond the last row it is taken again: nobody reads those sums.
   const float* from = weight + at_most(block * split::kWide + line, p.outputs - 1) * p.depth + step * split::kDepth;
   const int64_t depth = p.depth - step * split::kDepth;
-  if (count == split::kSteps && depth >= split::kSteps * split::kDepth) {
-    unrolled<split::kSteps>([&](int i) __attribute__((always_inline)) {
+  if (depth >= count * split::kDepth) {
+    for (int64_t i = 0; i < count; ++i)
       split::cut_along(load(from + i * split::kDepth), load(from + i * split::kDepth + kLanes), to + i * split::kStep);
-    });
     return;
   }
   for (int64_t i = 0; i < count; ++i, from += split::kDepth) {

@@ -83,14 +83,6 @@ INTERFUSE_INLINE void cut_along(Vec first, Vec second, uint16_t* to) {
     _mm512_store_si512(to + i * kTile, _mm512_permutex2var_epi16(a.bits[i], upper, b.bits[i]));
 }
 
-// The pieces of two neighbours in depth, sixteen numbers across: the instruction's second factor has them in pairs.
-INTERFUSE_INLINE void cut_across(Vec first, Vec second, uint16_t* to) {
-  const Pieces a = pieces(first), b = pieces(second);
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int i = 0; i < 3; ++i)
-    _mm512_store_si512(to + i * kTile, _mm512_or_si512(_mm512_srli_epi32(a.bits[i], 16), _mm512_and_si512(b.bits[i], upper)));
-}
-
 // A step of a panel cut along turned into one of the second factor's: its pairs, transposed.
 INTERFUSE_INLINE void turn(uint16_t* step) {
   for (int i = 0; i < 3; ++i) {
@@ -102,42 +94,45 @@ INTERFUSE_INLINE void turn(uint16_t* step) {
   }
 }
 
-// sums[2 i + j] = panel i of a times panel j of b. work() is called six times a step.
+// The four tiles of sums that the matrix units hold: panel i of a times panel j of b in number 2 i + j.
+INTERFUSE_INLINE void clear_sums() {
+  asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
+}
+INTERFUSE_INLINE void store_sums(float* sums) {
+  asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, (%2,%1,1)\n\t"
+               "tilestored %%tmm2, (%3,%1,1)\n\ttilestored %%tmm3, (%4,%1,1)" ::"r"(sums),
+               "r"(int64_t(64)), "r"(sums + kSide * kSide), "r"(sums + 2 * kSide * kSide), "r"(sums + 3 * kSide * kSide)
+               : "memory");
+}
+
+// Adds one step. work() is called six times.
 template <class Work>
-INTERFUSE_INLINE void multiply(const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, int64_t steps,
-                               float* sums, Work&& work) {
+INTERFUSE_INLINE void multiply_step(const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, Work&& work) {
 #define INTERFUSE_TILES(first, second, panel, from)                                            \
   asm volatile("tileloadd (%0,%2,1), %%tmm" #first "\n\ttileloadd (%1,%2,1), %%tmm" #second ::"r"(from), \
                "r"((from) + (panel)), "r"(int64_t(64)))
 #define INTERFUSE_MULTIPLY()                                                            \
   asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t" \
                "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::)
-  asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
-  for (int64_t s = 0; s < steps; ++s, a += kStep, b += kStep) {
-    INTERFUSE_TILES(4, 5, a_panel, a);
-    INTERFUSE_TILES(6, 7, b_panel, b + 2 * kTile);
-    INTERFUSE_MULTIPLY();
-    work();
-    INTERFUSE_TILES(6, 7, b_panel, b + kTile);
-    INTERFUSE_MULTIPLY();
-    work();
-    INTERFUSE_TILES(4, 5, a_panel, a + kTile);
-    INTERFUSE_MULTIPLY();
-    work();
-    INTERFUSE_TILES(6, 7, b_panel, b);
-    INTERFUSE_MULTIPLY();
-    work();
-    INTERFUSE_TILES(4, 5, a_panel, a);
-    INTERFUSE_MULTIPLY();
-    work();
-    INTERFUSE_TILES(4, 5, a_panel, a + 2 * kTile);
-    INTERFUSE_MULTIPLY();
-    work();
-  }
-  asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, (%2,%1,1)\n\t"
-               "tilestored %%tmm2, (%3,%1,1)\n\ttilestored %%tmm3, (%4,%1,1)" ::"r"(sums),
-               "r"(int64_t(64)), "r"(sums + kSide * kSide), "r"(sums + 2 * kSide * kSide), "r"(sums + 3 * kSide * kSide)
-               : "memory");
+  INTERFUSE_TILES(4, 5, a_panel, a);
+  INTERFUSE_TILES(6, 7, b_panel, b + 2 * kTile);
+  INTERFUSE_MULTIPLY();
+  work();
+  INTERFUSE_TILES(6, 7, b_panel, b + kTile);
+  INTERFUSE_MULTIPLY();
+  work();
+  INTERFUSE_TILES(4, 5, a_panel, a + kTile);
+  INTERFUSE_MULTIPLY();
+  work();
+  INTERFUSE_TILES(6, 7, b_panel, b);
+  INTERFUSE_MULTIPLY();
+  work();
+  INTERFUSE_TILES(4, 5, a_panel, a);
+  INTERFUSE_MULTIPLY();
+  work();
+  INTERFUSE_TILES(4, 5, a_panel, a + 2 * kTile);
+  INTERFUSE_MULTIPLY();
+  work();
 #undef INTERFUSE_TILES
 #undef INTERFUSE_MULTIPLY
 }
@@ -159,28 +154,78 @@ struct Product {
   int64_t room_for_sums() const { return ((pairs.end - pairs.begin) * (in_parts() ? blocks.end - blocks.begin : 1) + 1) * kSums; }
 };
 
-// cut(block, step, count, line, to): line 0 to 31 of `count` steps of the streamed factor, kStep apart, as cut_along and
-// cut_across write them.
+// sums = or += fresh ones.
+INTERFUSE_INLINE void join_sums(float* sums, const float* fresh, bool first) {
+  if (first)
+    for (int64_t i = 0; i < kSums; i += kLanes) store(sums + i, load(fresh + i));
+  else
+    for (int64_t i = 0; i < kSums; i += kLanes) store(sums + i, load(sums + i) + load(fresh + i));
+}
+
+// Where in the streamed factor: the part of the depth, the block of rows or columns, the step.
+struct Place {
+  int64_t part, block, step;
+};
+
+INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The place `steps` further on: along the depth of a part, then the next block, then the next part.
+INTERFUSE_INLINE Place after(const Product& p, int64_t part, Place at, int64_t steps) {
+  at.step += steps;
+  if (at.step < least(at.part + part, p.steps)) return at;
+  if (++at.block == p.blocks.end) at.part += part, at.block = p.blocks.begin;
+  at.step = at.part;
+  return at;
+}
+
+// One pair of kept panels: each step is multiplied once only, so the next one is cut meanwhile, and both fit in the
+// first-level cache beside what passes through it.
+template <bool StreamedFirst, class Cut, class Take>
+INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, Take&& take) {
+  constexpr int64_t kLines = (kWide - 1) / 6 + 1;
+  float* const fresh = p.sums + p.room_for_sums() - kSums;
+  uint16_t *now = p.streamed, *later = p.streamed + 2 * kStep;
+  const auto cut_lines = [&](const Place& at, int64_t& line, int64_t lines, uint16_t* to) __attribute__((always_inline)) {
+    for (; lines > 0 && line < kWide; --lines, ++line)
+      cut(at.block, at.step, 1, line, to + line / kSide * kStep + line % kSide * kDepth);
+  };
+  Place at{0, p.blocks.begin, 0};
+  int64_t line = 0, held = 0;
+  cut_lines(at, line, kWide, now);
+  while (at.part < p.steps) {
+    const Place next = after(p, part, at, 1);
+    line = next.part < p.steps ? 0 : kWide;
+    if (held == 0) clear_sums();
+    const uint16_t* const kept = p.kept + (p.pairs.begin * 2 * p.steps + at.step) * kStep;
+    const auto work = [&]() __attribute__((always_inline)) { cut_lines(next, line, kLines, later); };
+    if constexpr (StreamedFirst) multiply_step(now, kStep, kept, p.steps * kStep, work);
+    else multiply_step(kept, p.steps * kStep, now, kStep, work);
+    const bool last = at.step + 1 == p.steps;
+    if (++held == kSteps || last || next.block != at.block || next.part != at.part) {
+      store_sums(fresh);
+      float* const sums = p.sums + (p.in_parts() ? at.block - p.blocks.begin : 0) * kSums;
+      join_sums(sums, fresh, at.step < held);
+      held = 0;
+      if (last) take(at.block, p.pairs.begin, sums);
+    }
+    uint16_t* const other = now;
+    now = later, later = other;
+    at = next;
+  }
+}
+
+// cut(block, step, count, line, to): line 0 to 31 of `count` steps of the streamed factor, kStep apart, as cut_along
+// writes them.
 // take(block, pair, sums): four tiles of results. StreamedFirst: the streamed factor gives the results' rows.
 template <bool StreamedFirst, class Cut, class Take>
 INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
   const int64_t pairs = p.pairs.end - p.pairs.begin, blocks = p.blocks.end - p.blocks.begin, part = p.part();
   if (pairs <= 0 || blocks <= 0) return;
   const Tiles tiles;
+  if (pairs == 1) return multiply_pair<StreamedFirst>(p, part, cut, take);
   const bool in_parts = p.in_parts();
   float* const fresh = p.sums + p.room_for_sums() - kSums;
-  struct Place {
-    int64_t part, block, step;
-  };
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto count_of = [&](const Place& at) { return least(least(at.part + part, p.steps) - at.step, kSteps); };
-  const auto after = [&](Place at) {
-    at.step += kSteps;
-    if (at.step < least(at.part + part, p.steps)) return at;
-    if (++at.block == p.blocks.end) at.part += part, at.block = p.blocks.begin;
-    at.step = at.part;
-    return at;
-  };
   const auto cut_lines = [&](const Place& at, int64_t count, int64_t& line, int64_t lines, uint16_t* to) __attribute__((always_inline)) {
     for (; lines > 0 && line < kWide; --lines, ++line)
       cut(at.block, at.step, count, line, to + line / kSide * kPanel + line % kSide * kDepth);
@@ -190,23 +235,25 @@ INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
   cut_lines(at, count_of(at), line, kWide, p.streamed);
   uint16_t *now = p.streamed, *later = p.streamed + 2 * kPanel;
   while (at.part < p.steps) {
-    const Place next = after(at);
+    const Place next = after(p, part, at, kSteps);
     const int64_t count = count_of(at), coming = next.part < p.steps ? count_of(next) : 0;
     const int64_t each = (kWide - 1) / (6 * count * pairs) + 1;
     const bool first = at.step == 0, last = at.step + count == p.steps;
     line = coming ? 0 : kWide;
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      const uint16_t* const kept = p.kept + ((p.pairs.begin + pair) * 2 * p.steps + at.step) * kStep;
+      const uint16_t* kept = p.kept + ((p.pairs.begin + pair) * 2 * p.steps + at.step) * kStep;
+      const uint16_t* streamed = now;
       const auto work = [&]() __attribute__((always_inline)) { cut_lines(next, coming, line, each, later); };
-      if constexpr (StreamedFirst) multiply(now, kPanel, kept, p.steps * kStep, count, fresh, work);
-      else multiply(kept, p.steps * kStep, now, kPanel, count, fresh, work);
+      clear_sums();
+      for (int64_t s = 0; s < count; ++s, kept += kStep, streamed += kStep) {
+        if constexpr (StreamedFirst) multiply_step(streamed, kPanel, kept, p.steps * kStep, work);
+        else multiply_step(kept, p.steps * kStep, streamed, kPanel, work);
+      }
+      store_sums(fresh);
       float* sums = fresh;
       if (!first || !last) {
         sums = p.sums + ((in_parts ? (at.block - p.blocks.begin) * pairs : 0) + pair) * kSums;
-        if (first)
-          for (int64_t i = 0; i < kSums; i += kLanes) store(sums + i, load(fresh + i));
-        else
-          for (int64_t i = 0; i < kSums; i += kLanes) store(sums + i, load(sums + i) + load(fresh + i));
+        join_sums(sums, fresh, first);
       }
       if (last) take(at.block, p.pairs.begin + pair, sums);
     }

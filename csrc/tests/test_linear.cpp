@@ -31,6 +31,8 @@ const Problem kProblems[] = {
     {33, 35, {15, 100}, INTERFUSE_NONE, true},
     {40, 60, {1300}, INTERFUSE_RELU, true},
     {210, 6, {31}, INTERFUSE_RELU, false},
+    {20, 43, {70, 5, 200}, INTERFUSE_RELU, true},
+    {29, 70, {4300}, INTERFUSE_NONE, true},
     {130, 150, {70, 5}, INTERFUSE_RELU, true},
     {141, 43, {70, 5, 200}, INTERFUSE_NONE, true},
     {0, 3, {4}, INTERFUSE_RELU, true},

@@ -62,6 +62,7 @@ SMALL = (
     Case("deeper-one-row", (1,), (9000,), (6,), ("none",)),
     Case("many-rows", (210,), (33,), (20,), ("gelu",)),
     Case("matrix-units", (140,), (70, 5, 200), (43,), ("none",)),
+    Case("matrix-units-one-panel", (25,), (70, 5, 4200), (43,), ("none",)),
     Case("many-inputs", (3,), (1, 2, 3, 4, 5, 6, 7, 8), (9,), ("silu",)),
 )
 
