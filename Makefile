@@ -56,7 +56,7 @@ asan: $(VENV)/.installed
 	scripts/asan.sh $(BIN)/python
 
 gpu:
-	scripts/gpu.sh $(PYTHON)
+	scripts/gpu.sh $(PYTHON) out/gpu $(STEPS)
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

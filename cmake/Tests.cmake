@@ -33,3 +33,13 @@ endforeach()
 add_library(interfuse_cuda_emulated SHARED ${portable_cuda_sources} csrc/tests/emulated_rnn.cpp csrc/common/error.cpp)
 target_link_libraries(interfuse_cuda_emulated PRIVATE interfuse_flags)
 target_compile_definitions(interfuse_cuda_emulated PRIVATE INTERFUSE_VERSION="${PROJECT_VERSION}" INTERFUSE_EMULATED_LIBRARY)
+
+if(INTERFUSE_CUDA_BUILT)
+  # A measurement for machines with a GPU; elsewhere it compiles.
+  add_executable(interfuse_time_exchange csrc/tests/time_exchange.cu csrc/common/error.cpp)
+  target_include_directories(interfuse_time_exchange PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+  target_compile_definitions(interfuse_time_exchange PRIVATE INTERFUSE_VERSION="${PROJECT_VERSION}")
+  set_target_properties(interfuse_time_exchange PROPERTIES
+    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
+  target_compile_options(interfuse_time_exchange PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+endif()

@@ -372,25 +372,50 @@ def test_the_gpu_table_names_what_was_not_timed() -> None:
         "inference": times,
         "training": times,
     }
+    row["roofline"] = {mode: {"seconds": 5e-4, "by": "bytes"} for mode in ("inference", "training")}
     text = gpu.text({"op": "conv_pool", "device": "a GPU", "torch": "2", "cuda": "13", "rows": [row]})
     assert "3.00x" in text
+    assert "50% by bytes" in text
     assert "not timed: first-224 float16, compile: RuntimeError: no compiler" in text
 
 
+GPU_CASES = [
+    ("conv_pool", "small-32@tiny"),
+    ("linear", "head-b1@tiny"),
+    ("rnn", "audio-b1@tiny"),
+    ("attention", "q512-kv2048-b2-ragged@tiny"),
+    ("sdpa", "q512-kv4096-ragged@tiny"),
+    ("losses", "vocabulary-20k@tiny"),
+    ("models", "image-text-b1@tiny"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [
-        ("conv_pool", "small-32"),
-        ("linear", "head-b1@tiny"),
-        ("rnn", "audio-b1@tiny"),
-        ("attention", "q512-kv2048-b2-ragged@tiny"),
-    ],
-)
+@pytest.mark.parametrize(("op", "case"), GPU_CASES)
 def test_the_gpu_benchmark_times_a_case(tmp_path: pathlib.Path, op: str, case: str) -> None:
-    assert gpu.main(["--op", op, "--case", case, "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / f"bench_gpu_{op}.json").read_text())["rows"]
-    assert all({"interfuse", "eager"} <= row["training"].keys() for row in rows)
+    rows = timed_on("cuda", tmp_path, op, case)
+    assert all({"interfuse", "interfuse_graph", "eager_graph"} <= row["training"].keys() for row in rows)
+
+
+@pytest.mark.parametrize(("op", "case"), GPU_CASES)
+def test_the_gpu_benchmark_is_rehearsed_without_a_gpu(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, op: str, case: str
+) -> None:
+    """All that it does but CUDA's events and graphs; torch.compile would take most of the time."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    timed_on("cpu", tmp_path, op, case)
+
+
+def timed_on(device: str, folder: pathlib.Path, op: str, case: str) -> list[dict[str, Any]]:
+    assert gpu.main(["--device", device, "--op", op, "--case", case, "--out", str(folder)]) == 0
+    report = json.loads((folder / f"bench_gpu_{op}.json").read_text())
+    assert [row["dtype"] for row in report["rows"]] == list(gpu.DTYPES)
+    for row in report["rows"]:
+        timed = {"interfuse", "eager"} & row["training"].keys()
+        assert timed == {"interfuse", "eager"} or device == "cpu", row["missing"]
+        assert row["dtype"] != "float32" or len(timed) == 2, row["missing"]
+        assert all(row["roofline"][mode]["seconds"] > 0 for mode in ("inference", "training"))
+    return report["rows"]
 
 
 # --- what it prints with -----------------------------------------------------------------------------------
