@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interfuse.autocast import autocast_dtype, cast
+from interfuse.ops import _losses_info_nce as info_nce_of_few
+from interfuse.ops import _losses_pairs_eager as eager
 from interfuse.ops._losses_checks import fail
 from interfuse.ops._losses_problem import DTYPES, REDUCTIONS, loss_dtype
 from interfuse.reference import losses as reference
@@ -61,6 +63,9 @@ def contrastive_loss(
         reduction: "none", "mean" or "sum".
         backend: None to choose the fastest, or "native", "triton" or "reference".
     """
+    short = eager.contrastive(input1, input2, target, margin, reduction, backend)
+    if short is not None:
+        return short
     op = "contrastive_loss"
     _check_pair(op, reduction, input1=input1, input2=input2)
     if not isinstance(target, Tensor) or target.shape != input1.shape[:-1]:
@@ -98,8 +103,9 @@ def info_nce(
 ) -> Tensor:
     """Cross-entropy of each row of one modality choosing its partner among all rows of the other.
 
-    The matrix of similarities, (rows, rows), is never kept. On the CPU this is linear_cross_entropy, which
-    computes some of its rows at a time, with the other modality as weight; on a GPU each program has a tile.
+    The matrix of similarities, (rows, rows), is never kept, but where it is small (1,024 rows at most, on the
+    CPU). Beyond, this is linear_cross_entropy on the CPU, which computes some of its rows at a time, with the
+    other modality as weight; on a GPU each program has a tile.
 
     Args:
         input1: (rows, features).
@@ -122,6 +128,9 @@ def info_nce(
         temperature = temperature.reshape(())
     elif not (math.isfinite(temperature) and temperature > 0):
         raise fail(f"the temperature must be a finite number above 0; got {temperature!r}.", op)
+    few = input1.shape[0] <= info_nce_of_few.MOST_ROWS
+    if few and backend is None and eager.is_short(backend, reduction) and eager.is_dense(input1, input2):
+        return info_nce_of_few.run(input1, input2, temperature, normalize, symmetric, reduction)
     first, second = (F.normalize(x, dim=-1) if normalize else x for x in (input1, input2))
     first = first / temperature
     second = second.to(first.dtype)
@@ -172,7 +181,7 @@ def reconstruction_loss(
         )
     if reduction not in REDUCTIONS[1:]:
         raise fail(f"reduction must be one of mean, sum; got {reduction!r}.", op)
-    total: Any = 0
+    total: Any = None
     for x, target, kind, factor in zip(inputs, targets, kinds, factors, strict=True):
         if kind == "cross_entropy":
             # The logits are there already, and torch's own is one pass over them.
@@ -181,7 +190,8 @@ def reconstruction_loss(
             loss = _elementwise(op, kind, x, target, None, None, reduction, None)
         else:
             raise fail(f"a kind must be one of {', '.join(KINDS)}, cross_entropy; got {kind!r}.", op)
-        total = total + factor * loss
+        part = loss if factor == 1 else factor * loss  # a step of autograd costs more than a small loss
+        total = part if total is None else total + part
     return total
 
 
@@ -235,6 +245,9 @@ def _elementwise(
     reduction: str,
     backend: str | None,
 ) -> Tensor:
+    short = eager.elementwise(kind, x, target, weight, pos_weight, reduction, backend)
+    if short is not None:
+        return short
     if isinstance(x, Tensor) and isinstance(target, Tensor) and target.is_floating_point():
         target = target.to(x.dtype)
     _check_pair(op, reduction, input=x, target=target)
