@@ -2,6 +2,7 @@
 // strides); what the numbers say is checked by the core. Each op's part is in csrc/bind.
 #include "bind/bind.h"
 #include "common/machine_peak.h"
+#include "common/matrix_units.h"
 
 namespace {
 
@@ -16,6 +17,7 @@ py::dict info() {
 #endif
   d["compiler"] = std::string(INTERFUSE_COMPILER);
   d["openmp"] = _OPENMP;
+  d["matrix_units"] = interfuse::matrix_units();
 #if defined(INTERFUSE_HAVE_CUDA)
   d["cuda_built"] = true;
 #else

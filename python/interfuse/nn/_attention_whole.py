@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interfuse.nn._attention_products import product, project
 from interfuse.ops import _attention_native as native
 from interfuse.ops._attention_checks import Inputs, op_problem
 from interfuse.ops._attention_problem import AttentionParams
@@ -133,13 +134,6 @@ def _real(tensors: Tensors, setting: Setting) -> list[slice] | None:
     return [slice(b * length, b * length + count) for b, count in enumerate(counts)]
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
 def _problem(views: _Views, tensors: Tensors, setting: Setting, save: bool) -> AttentionProblem:
     params = AttentionParams(setting.causal, views.q.shape[-1] ** -0.5)
     return op_problem(Inputs(*views, tensors.mask, None, tensors.lengths), params, False, save)
@@ -154,16 +148,16 @@ def _forward(tensors: Tensors, setting: Setting, save: bool) -> tuple[Tensor, Te
         shapes = ((x.shape[0], width), (c.shape[0], 2 * width), (x.shape[0], width))
         q, kv, y = (torch.empty(s) for s in shapes) if save else _kept_memory(*shapes)
         q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
-        _project(x, in_proj[:width], q_bias, q)
+        project(x, in_proj[:width], q_bias, q)
         for rows in _real(tensors, setting) or [slice(None)]:
-            _project(c[rows], in_proj[width:], kv_bias, kv[rows])
+            project(c[rows], in_proj[width:], kv_bias, kv[rows])
         views = _views(q, kv, batch, setting)
         problem = _problem(views, tensors, setting, save)
         lse = torch.empty(problem.row_shape if save else (0,))
         into = _heads(y, batch, setting, 1)[0]
         native.forward_into(problem, *views, tensors.mask, None, tensors.lengths, into, lse, None)
         output = torch.empty(x.shape[0], out_proj.shape[0])
-        _project(y, out_proj, out_bias, output)
+        project(y, out_proj, out_bias, output)
         return output.view(*query.shape[:-1], -1), q, kv, y, lse
 
 
@@ -219,7 +213,7 @@ def _backward(
     if not any(wanted[:4]):
         return found
     grad_y, grad_q, grad_kv = _kept_memory(y.shape, q.shape, kv.shape)  # type: ignore[arg-type]
-    torch.mm(g, out_proj, out=grad_y)
+    product(g, out_proj, grad_y)
     views = _views(q, kv, batch, setting)
     problem = _problem(views, tensors, setting, True)
     heads = [_heads(t, batch, setting, 1)[0] for t in (grad_y, y)]
@@ -228,11 +222,12 @@ def _backward(
     real = _real(tensors, setting) or [slice(None)]
     whole = real == [slice(None)]
     if wanted[0]:
-        found[0] = grad_q.mm(in_proj[:width]).view_as(query)
+        found[0] = torch.empty(query.shape)
+        product(grad_q, in_proj[:width], _rows(found[0]))
     if wanted[1]:
         into = torch.empty(c.shape) if whole else torch.zeros(c.shape)
         for rows in real:
-            torch.mm(grad_kv[rows], in_proj[width:], out=into[rows])
+            product(grad_kv[rows], in_proj[width:], into[rows])
         found[1] = into.view_as(context)
     if wanted[2]:
         weight = torch.empty_like(in_proj)
