@@ -158,7 +158,7 @@ interfuse_status interfuse_attention_forward(const interfuse_attention_spec* spe
     if (!y) invalid("attention: y is a null pointer; pass memory for (batch, heads, queries, value_dim).");
     const AttentionKernels* kernels = INTERFUSE_PICK(attention_kernels);
     const int most = usable_threads(threads);
-    const std::vector<AttentionPiece> pieces = cut_queries(p, *inputs, kernels->tile_rows, most);
+    const std::vector<AttentionPiece> pieces = cut_queries(p, *inputs, kernels->tile_rows(p), most);
     AttentionWork work = work_of(pieces, most);
     kernels->forward(p, {inputs->q, inputs->k, inputs->v, inputs->mask, inputs->q_lengths, inputs->kv_lengths, y, lse, weights}, work);
   });

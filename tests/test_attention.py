@@ -55,7 +55,7 @@ def test_gradients_of_named_cases(case: Case, dtype: torch.dtype) -> None:
             assert tolerance.error(ours, theirs) <= tolerance.attention_gradient(dtype)
 
 
-@pytest.mark.parametrize("name", ["bar-like", "two-blocks", "tails", "grouped"])
+@pytest.mark.parametrize("name", ["bar-like", "two-blocks", "tails", "grouped", "long", "many-tiles"])
 def test_the_error_is_at_most_twice_torchs(name: str) -> None:
     call = oracle.make(BY_NAME[name])
     leaves, y, _, _ = call.truth()
@@ -128,12 +128,21 @@ def test_rows_that_attend_to_nothing_are_zero_with_finite_gradients() -> None:
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_nan_and_infinity_stay_in_their_rows(where: str) -> None:
-    call = oracle.make(BY_NAME["plain"])
-    getattr(call, where)[0, 1, 4, 2] = float("nan")
-    _, y, _, _ = call.truth()
-    assert torch.equal(call.run().isnan(), y.isnan())
+@pytest.mark.parametrize("name", ["plain", "long"])
+def test_nan_and_infinity_stay_in_their_rows(name: str, where: str, value: float) -> None:
+    call = oracle.make(BY_NAME[name])
+    clean, clean_weights = call.run(return_weights=True)
+    getattr(call, where)[0, 1, 4, 2] = value
+    _, y, _, weights = call.truth()
+    ours, ours_weights = call.run(return_weights=True)
+    for a, b, undisturbed in ((ours, y, clean), (ours_weights, weights, clean_weights)):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a[b.isinf()], b[b.isinf()].float())
+        finite = b.isfinite()
+        assert tolerance.error(a[finite], b[finite]) <= tolerance.attention(torch.float32)
+        assert torch.equal(a[:, 0], undisturbed[:, 0])  # the other head
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
@@ -187,7 +196,7 @@ def test_dropout_zeroes_weights_and_keeps_their_mean() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
-    "name", ["bar-like", "two-blocks", "grouped", "one-kv-head", "ragged-grouped", "everything"]
+    "name", ["bar-like", "two-blocks", "long", "grouped", "one-kv-head", "ragged-grouped", "everything"]
 )
 def test_threads_do_not_change_the_values(name: str, threads: int) -> None:
     torch.set_num_threads(1)

@@ -80,7 +80,7 @@ struct AttentionPoolBackward {
 };
 
 struct AttentionKernels {
-  int tile_rows;  // of a forward tile
+  int (*tile_rows)(const Attention&);  // of a forward tile
   void (*forward)(const Attention&, const AttentionForward&, AttentionWork&);
   void (*backward)(const Attention&, const AttentionBackward&, AttentionWork&);
   void (*pool_forward)(const AttentionPool&, const AttentionPoolForward&);

@@ -8,6 +8,7 @@
 #include "common/scratch.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/attention_scores.h"
+#include "cpu/attention_split.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -67,9 +68,20 @@ class Worker {
     queries_here_ = a_.q_lengths ? a_.q_lengths[b] : p_.queries;
     keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
     tiles_per_head_ = (queries_here_ + kRows - 1) / kRows;
-    if (piece.begin == 0) zero_padding(b, piece.kv_head);
+    base_ = 0, first_head_ = piece.kv_head * p_.group();
+    if (piece.begin == 0) zero_padding(p_, a_, b, piece.kv_head, queries_here_);
     for (int64_t first = piece.begin; first < piece.end; first += capacity_)
       pass(b, piece.kv_head, first, smaller(first + capacity_, piece.end));
+  }
+
+  // Query rows begin..end of one head.
+  void run_rows(int64_t b, int64_t head, int64_t begin, int64_t end) {
+    queries_here_ = end;
+    keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
+    base_ = begin, first_head_ = head;
+    tiles_per_head_ = (end - begin + kRows - 1) / kRows;
+    for (int64_t first = 0; first < tiles_per_head_; first += capacity_)
+      pass(b, head / p_.group(), first, smaller(first + capacity_, tiles_per_head_));
   }
 
  private:
@@ -77,26 +89,15 @@ class Worker {
     int64_t head, query, rows;
   };
 
-  Tile tile_at(int64_t kv_head, int64_t index) const {
-    const int64_t query = index % tiles_per_head_ * kRows;
-    return {kv_head * p_.group() + index / tiles_per_head_, query, smaller(queries_here_ - query, kRows)};
-  }
-
-  // Rows beyond the length.
-  void zero_padding(int64_t b, int64_t kv_head) {
-    for (int64_t head = kv_head * p_.group(); head < (kv_head + 1) * p_.group(); ++head)
-      for (int64_t query = queries_here_; query < p_.queries; ++query) {
-        zero_row(p_.half, a_.y, p_.y.at(b, head) + query * p_.y.row, p_.value_dim);
-        const int64_t row = (b * p_.heads + head) * p_.queries + query;
-        if (a_.lse) a_.lse[row] = -infinity();
-        if (a_.weights) zero_row(p_.half, a_.weights, row * p_.keys, p_.keys);
-      }
+  Tile tile_at(int64_t index) const {
+    const int64_t query = base_ + index % tiles_per_head_ * kRows;
+    return {first_head_ + index / tiles_per_head_, query, smaller(queries_here_ - query, kRows)};
   }
 
   void pass(int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
     const int64_t count = end - begin;
     for (int64_t t = 0; t < count; ++t) {
-      const Tile tile = tile_at(kv_head, begin + t);
+      const Tile tile = tile_at(begin + t);
       const void* rows = element(p_.half, a_.q, p_.q.at(b, tile.head) + tile.query * p_.q.row);
       pack_tiles(p_.half, {rows, p_.q.row, tile.rows, p_.head_dim}, p_.scale * kLog2E, queries_ + t * kRows * p_.head_dim);
     }
@@ -105,40 +106,35 @@ class Worker {
     int64_t packed = -1;
     for (int64_t key = 0; key < keys_here_; key += block_) {
       const int64_t keys = smaller(keys_here_ - key, block_);
-      if (p_.causal && !reaches(kv_head, begin, end, key)) break;
+      if (p_.causal && !reaches(begin, end, key)) break;
       pack_columns(p_.half, {element(p_.half, a_.k, p_.k.at(b, kv_head) + key * p_.k.row), p_.k.row, keys, p_.head_dim}, keys_);
       pack_rows(p_.half, {element(p_.half, a_.v, p_.v.at(b, kv_head) + key * p_.v.row), p_.v.row, keys, p_.value_dim}, block_, values_);
       packed = key;
-      for (int64_t t = 0; t < count; ++t) attend(b, tile_at(kv_head, begin + t), t, key, keys);
+      for (int64_t t = 0; t < count; ++t) attend(b, tile_at(begin + t), t, key, keys);
     }
-    for (int64_t t = 0; t < count; ++t) finish(b, tile_at(kv_head, begin + t), t);
+    for (int64_t t = 0; t < count; ++t) finish(b, tile_at(begin + t), t);
     if (a_.weights) write_weights(b, kv_head, begin, end, packed);
   }
 
   // With causal order: whether one of the tiles reads this key.
-  bool reaches(int64_t kv_head, int64_t begin, int64_t end, int64_t key) const {
+  bool reaches(int64_t begin, int64_t end, int64_t key) const {
     for (int64_t t = begin; t < end; ++t) {
-      const Tile tile = tile_at(kv_head, t);
+      const Tile tile = tile_at(t);
       if (tile.query + tile.rows > key) return true;
     }
     return false;
   }
 
-  // Keys of the block that row `query` reads at most.
-  int64_t limit(int64_t query, int64_t key, int64_t keys) const {
-    return p_.causal ? greater(smaller(keys, query + 1 - key), 0) : keys;
-  }
-
   // The scores of tile t with keys key..key + keys; returns how many of them any row reads.
   int64_t score(const Tile& tile, int64_t t, int64_t key, int64_t keys) {
-    const int64_t columns = limit(tile.query + tile.rows - 1, key, keys);
+    const int64_t columns = keys_read(p_, tile.query + tile.rows - 1, key, keys);
     TileProduct product{p_.head_dim, queries_ + t * kRows * p_.head_dim, keys_, p_.head_dim * kPanel, scores_, columns};
     for_tile_rows(tile.rows, TileProductOf<kScoreRow>{product});
     return columns;
   }
 
   void mask(int64_t b, const Tile& tile, int r, int64_t key, int64_t keys, int64_t padded) {
-    const int64_t query = tile.query + r, most = limit(query, key, keys);
+    const int64_t query = tile.query + r, most = keys_read(p_, query, key, keys);
     if (p_.mask != INTERFUSE_MASK_NONE || most < padded)
       apply_mask(mask_row(p_, a_.mask, b, tile.head, query, key), scores_ + r * kScoreRow, most, padded);
   }
@@ -221,7 +217,7 @@ class Worker {
   // A second pass over the scores, now that the sums are known. Asked for rarely, and as large as they are.
   void write_weights(int64_t b, int64_t kv_head, int64_t begin, int64_t end, int64_t packed) {
     for (int64_t t = begin; t < end; ++t) {
-      const Tile tile = tile_at(kv_head, t);
+      const Tile tile = tile_at(t);
       const int64_t row = (b * p_.heads + tile.head) * p_.queries + tile.query;
       zero_row(p_.half, a_.weights, row * p_.keys, tile.rows * p_.keys);
     }
@@ -230,7 +226,7 @@ class Worker {
       if (packed != key || packed > 0)
         pack_columns(p_.half, {element(p_.half, a_.k, p_.k.at(b, kv_head) + key * p_.k.row), p_.k.row, keys, p_.head_dim}, keys_);
       for (int64_t t = begin; t < end; ++t) {
-        const Tile tile = tile_at(kv_head, t);
+        const Tile tile = tile_at(t);
         const int64_t columns = score(tile, t - begin, key, keys), padded = round_up(columns, kLanes);
         for (int r = 0; r < tile.rows && columns > 0; ++r) {
           const int64_t i = (t - begin) * kStates + r, row = (b * p_.heads + tile.head) * p_.queries + tile.query + r;
@@ -247,14 +243,35 @@ class Worker {
   const AttentionForward& a_;
   const int64_t capacity_, o_row_;
   int64_t block_, queries_here_ = 0, keys_here_ = 0, tiles_per_head_ = 0;
+  int64_t base_ = 0, first_head_ = 0;  // the query and the head of tile 0
   float *keys_, *values_, *queries_, *o_, *best_, *total_, *scores_;
 };
 
-void forward(const Attention& p, const AttentionForward& a, AttentionWork& work) {
+// Tiles of a pass.
+int capacity_of(const Attention& p) {
   const int64_t tile = kRows * (p.head_dim + p.value_dim);
-  const int capacity = static_cast<int>(smaller(greater(kTilesFloats / tile, 4), 64));
+  return static_cast<int>(smaller(greater(kTilesFloats / tile, 4), 64));
+}
+
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+void rows_again(const Attention& p, const AttentionForward& a, int64_t b, int64_t head, int64_t begin, int64_t end) {
+  Worker(p, a, capacity_of(p)).run_rows(b, head, begin, end);
+}
+#endif
+
+int tile_rows([[maybe_unused]] const Attention& p) {
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  if (on_matrix_units(p)) return kSplitTileRows;
+#endif
+  return kRows;
+}
+
+void forward(const Attention& p, const AttentionForward& a, AttentionWork& work) {
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  if (on_matrix_units(p)) return attention_forward_split(p, a, work, rows_again);
+#endif
   parallel(work.threads, [&](int, int) {
-    Worker worker(p, a, capacity);
+    Worker worker(p, a, capacity_of(p));
     for (;;) {
       const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
       if (at >= work.count) break;
@@ -265,8 +282,18 @@ void forward(const Attention& p, const AttentionForward& a, AttentionWork& work)
 
 }  // namespace
 
+void zero_padding(const Attention& p, const AttentionForward& a, int64_t b, int64_t kv_head, int64_t queries) {
+  for (int64_t head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
+    for (int64_t query = queries; query < p.queries; ++query) {
+      zero_row(p.half, a.y, p.y.at(b, head) + query * p.y.row, p.value_dim);
+      const int64_t row = (b * p.heads + head) * p.queries + query;
+      if (a.lse) a.lse[row] = -infinity();
+      if (a.weights) zero_row(p.half, a.weights, row * p.keys, p.keys);
+    }
+}
+
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {kRows, forward, attention_backward, attention_pool_forward, attention_pool_backward};
+const AttentionKernels attention_kernels = {tile_rows, forward, attention_backward, attention_pool_forward, attention_pool_backward};
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -43,20 +43,30 @@ struct ScoreGradient {
   }
 };
 
-// c[r] += the sum over k of a(r, k) * b[k], for `columns` columns in panels.
+// c[r] += the sum over k of a(r, k) * b[k], for `columns` columns in panels. The block's own sum starts at zero: rounding
+// grows with the length of a chain of sums.
 template <int ARow, int AStep>
 struct Accumulate {
   int64_t depth, columns, b_panel, c_row;
   const float *a, *b;
   float* c;
 
+  template <int R, int V>
+  INTERFUSE_INLINE void tile(const float* panel, float* to) {
+    gemm_tile<R, V, true>(
+        depth, a, ARow, AStep, panel, kPanel, [](int, int) __attribute__((always_inline)) { return zero(); },
+        [&](int r, int v, Vec sum) __attribute__((always_inline)) {
+          float* const at = to + r * c_row + v * kLanes;
+          store(at, load(at) + sum);
+        });
+  }
+
   template <int R>
   INTERFUSE_INLINE void run() {
     int64_t column = 0;
     const float* panel = b;
-    for (; column + kLanes < columns; column += kPanel, panel += b_panel)
-      gemm_tile_store<R, 2, true, true>(depth, a, ARow, AStep, panel, kPanel, c + column, c_row);
-    if (column < columns) gemm_tile_store<R, 1, true, true>(depth, a, ARow, AStep, panel, kPanel, c + column, c_row);
+    for (; column + kLanes < columns; column += kPanel, panel += b_panel) tile<R, 2>(panel, c + column);
+    if (column < columns) tile<R, 1>(panel, c + column);
   }
 };
 
@@ -178,16 +188,12 @@ class Worker {
         memset(to + column * rows_ + rows * kPanel, 0, static_cast<size_t>((kRows - rows) * kPanel) * 4);
   }
 
-  int64_t limit(int64_t query, int64_t key, int64_t keys) const {
-    return p_.causal ? greater(smaller(keys, query + 1 - key), 0) : keys;
-  }
-
   // The five products of tiles t..t + count with keys key..key + keys.
   void block(const AttentionPiece& piece, int64_t first, int64_t t, int64_t count, int64_t key, int64_t keys) {
     int64_t columns = 0;
     for (int64_t j = 0; j < count; ++j) {
       const Tile tile = tile_at(piece.kv_head, first + t + j);
-      columns = greater(columns, limit(tile.query + tile.rows - 1, key, keys));
+      columns = greater(columns, keys_read(p_, tile.query + tile.rows - 1, key, keys));
     }
     if (columns == 0) return;
     const int64_t padded = round_up(columns, kLanes);
@@ -198,7 +204,7 @@ class Worker {
       TileProduct product{p_.head_dim, q_tiles_ + row * p_.head_dim, k_columns_, p_.head_dim * kPanel, p, columns};
       TileProductOf<kScoreRow>{product}.template run<kRows>();
       for (int r = 0; r < kRows; ++r) {
-        const int64_t query = tile.query + r, most = r < tile.rows ? limit(query, key, keys) : columns;
+        const int64_t query = tile.query + r, most = r < tile.rows ? keys_read(p_, query, key, keys) : columns;
         if (r < tile.rows && (p_.mask != INTERFUSE_MASK_NONE || most < padded))
           apply_mask(mask_row(p_, a_.in.mask, piece.batch, tile.head, query, key), p + r * kScoreRow, smaller(most, columns), padded);
         exponentials(p + r * kScoreRow, padded, offset_[row + r]);

@@ -42,6 +42,11 @@ struct TileProductOf {
   }
 };
 
+// Of keys key..key + keys, how many row `query` reads at most.
+INTERFUSE_INLINE int64_t keys_read(const Attention& p, int64_t query, int64_t key, int64_t keys) {
+  return p.causal ? greater(smaller(keys, query + 1 - key), 0) : keys;
+}
+
 // The mask's row for one query, from the block's first key on.
 struct MaskRow {
   int kind;  // interfuse_mask

@@ -83,6 +83,14 @@ INTERFUSE_INLINE void cut_along(Vec first, Vec second, uint16_t* to) {
     _mm512_store_si512(to + i * kTile, _mm512_permutex2var_epi16(a.bits[i], upper, b.bits[i]));
 }
 
+// The pieces of two neighbours in depth, sixteen numbers across: the second factor has them in pairs.
+INTERFUSE_INLINE void cut_across(Vec first, Vec second, uint16_t* to) {
+  const Pieces a = pieces(first), b = pieces(second);
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int i = 0; i < 3; ++i)
+    _mm512_store_si512(to + i * kTile, _mm512_or_si512(_mm512_srli_epi32(a.bits[i], 16), _mm512_and_si512(b.bits[i], upper)));
+}
+
 // A step of a panel cut along turned into one of the second factor's: its pairs, transposed.
 INTERFUSE_INLINE void turn(uint16_t* step) {
   for (int i = 0; i < 3; ++i) {
@@ -135,6 +143,15 @@ INTERFUSE_INLINE void multiply_step(const uint16_t* a, int64_t a_panel, const ui
   work();
 #undef INTERFUSE_TILES
 #undef INTERFUSE_MULTIPLY
+}
+
+// sums = two panels of a times two of b over `steps` steps.
+template <class Work>
+INTERFUSE_INLINE void multiply(const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, int64_t steps,
+                               float* sums, Work&& work) {
+  clear_sums();
+  for (int64_t s = 0; s < steps; ++s, a += kStep, b += kStep) multiply_step(a, a_panel, b, b_panel, work);
+  store_sums(sums);
 }
 
 struct Product {

@@ -21,6 +21,8 @@ const Problem kProblems[] = {
     {"tails", 1, 2, 2, 37, 65, 17, 33, INTERFUSE_MASK_NONE, 0, 0},
     {"several blocks of keys", 1, 1, 1, 26, 1100, 32, 32, INTERFUSE_MASK_NONE, 0, 0},
     {"several passes of queries", 1, 1, 1, 800, 20, 48, 48, INTERFUSE_MASK_NONE, 0, 0},
+    {"more tiles than a pass of the matrix units takes", 1, 1, 1, 1100, 40, 40, 20, INTERFUSE_MASK_NONE, 0, 0},
+    {"several blocks on the matrix units", 2, 2, 1, 35, 600, 70, 33, INTERFUSE_MASK_ADDITIVE, 1, 1},
     {"grouped, ragged", 3, 4, 2, 15, 33, 16, 16, INTERFUSE_MASK_NONE, 0, 1},
     {"causal", 2, 1, 1, 140, 150, 8, 8, INTERFUSE_MASK_NONE, 1, 0},
     {"boolean mask", 2, 2, 2, 11, 35, 8, 16, INTERFUSE_MASK_BOOLEAN, 0, 0},

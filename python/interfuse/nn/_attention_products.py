@@ -1,6 +1,7 @@
-"""The products of whole matrices around an attention: projections and their gradients, into memory that is there.
+"""The products of whole matrices around an attention, into memory that is there.
 
-On matrix units, float32 products of many rows are faster in our core than in torch's; elsewhere torch's are as fast.
+On matrix units, float32 products of many rows are faster in our core than in torch's; elsewhere torch's are
+as fast.
 """
 
 from __future__ import annotations

@@ -222,8 +222,9 @@ def _backward(
     real = _real(tensors, setting) or [slice(None)]
     whole = real == [slice(None)]
     if wanted[0]:
-        found[0] = torch.empty(query.shape)
-        product(grad_q, in_proj[:width], _rows(found[0]))
+        grad_query = torch.empty(x.shape)
+        product(grad_q, in_proj[:width], grad_query)
+        found[0] = grad_query.view_as(query)
     if wanted[1]:
         into = torch.empty(c.shape) if whole else torch.zeros(c.shape)
         for rows in real:
