@@ -105,6 +105,13 @@ def cuda_kernels(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return _rnn_cuda
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """The name of a back end, and what the op calls of it."""
+    fixture = "kernels" if request.param == "triton" else "cuda_kernels"
+    return request.param, request.getfixturevalue(fixture)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned_outputs: None) -> None:
     """Memory that nobody wrote holds NaN."""
@@ -465,14 +472,16 @@ def test_no_sequences(kernels: Any) -> None:
 
 @on_device
 @pytest.mark.parametrize("name", ["lstm-deep-ragged-ids", "gru-bf16", "relu"])
-def test_through_the_public_function_and_autograd(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_through_the_public_function_and_autograd(
+    backend: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     case = CASES[name]
     problem, g = prepare(monkeypatch, case)
     floats = [t for t in (g.x if g.table is None else g.table, g.h0, g.c0) if t is not None]
     leaves = [t.requires_grad_() for t in (*floats, *g.weights)]
     states = g.h0 if g.c0 is None else (g.h0, g.c0)
     options = {"bidirectional": case.directions == 2, "batch_first": case.batch_first, "lengths": g.lengths}
-    y, last = rnn(g.x, g.weights, states, cell=case.cell, table=g.table, backend="triton", **options)
+    y, last = rnn(g.x, g.weights, states, cell=case.cell, table=g.table, backend=backend[0], **options)
     outputs, incoming = [y, *(last if case.cell == "lstm" else (last,))], [g.grad_y, g.grad_hn]
     found = torch.autograd.grad(outputs, leaves, [*incoming, *([] if g.grad_cn is None else [g.grad_cn])])
     want, want_grads = truth(problem, g)
@@ -480,7 +489,7 @@ def test_through_the_public_function_and_autograd(monkeypatch: pytest.MonkeyPatc
     if g.table is not None and rows is not None:  # beyond the ends they are zero
         table = torch.zeros(g.table.shape).double()
         want_grads[0] = table.index_add_(0, g.x.cpu().flatten(), rows.flatten(0, 1))
-    forward, backward = bounds(case)
+    forward, backward = bounds(case, interpreted=INTERPRETED and backend[0] == "triton")
     assert all(error(a, b) <= forward for a, b in zip(outputs, want, strict=True))
     expected = [t for t in want_grads if t is not None]
     assert all(error(a, b) <= backward for a, b in zip(found, expected, strict=True))
@@ -488,10 +497,13 @@ def test_through_the_public_function_and_autograd(monkeypatch: pytest.MonkeyPatc
 
 @on_device
 @pytest.mark.skipif(INTERPRETED, reason="The interpreter has no streams.")
-@pytest.mark.parametrize("name", ["lstm-deep-ragged-ids", "gru-ragged", "lstm-projection-ragged"])
-def test_nothing_waits_for_the_device(kernels: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name", ["lstm-deep-ragged-ids", "gru-ragged", "lstm-deep"])
+def test_nothing_waits_for_the_device(
+    backend: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     problem, g = prepare(monkeypatch, CASES[name])
     monkeypatch.undo()  # poisoning is slow, not a wait, but is none of the op's
+    _, kernels = backend
     want = ours(kernels, problem, g)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -504,6 +516,31 @@ def test_nothing_waits_for_the_device(kernels: Any, monkeypatch: pytest.MonkeyPa
         torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
+
+
+@on_device
+@pytest.mark.skipif(INTERPRETED, reason="The interpreter has no graphs.")
+@pytest.mark.parametrize("name", DEEP)
+def test_a_graph_replays_it(backend: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Forward and backward in a CUDA graph, also where layers overlap on streams of their own."""
+    called, kernels = backend
+    problem, g = prepare(monkeypatch, DEEP[name])
+    if called == "cuda":
+        overlap(kernels, monkeypatch, problem)
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        ours(kernels, problem, g)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs, grads, _ = ours(kernels, problem, g)
+    if g.table is None:
+        g.x.copy_(torch.randn_like(g.x))
+    want, want_grads, _ = ours(kernels, problem, g)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip([*outputs, *grads], [*want, *want_grads], strict=True):
+        assert a is None or torch.equal(a, b)
 
 
 @on_device
@@ -525,7 +562,7 @@ def test_tf32_follows_torchs_switch_and_precision(kernels: Any) -> None:
 @by_host
 @pytest.mark.slow
 def test_the_interpreter_agrees() -> None:
-    run_interpreted(__file__, at_least=2 * len(CASES) + 6)
+    run_interpreted(__file__, at_least=2 * len(CASES) + len(DEEP) + 9)
 
 
 @by_host
