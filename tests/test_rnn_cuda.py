@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import cuda_resources
@@ -114,6 +115,12 @@ def test_on_the_cpu_it_says_where_it_runs() -> None:
         rnn(torch.zeros(2, 1, 1), weights, cell="lstm", backend="cuda")
 
 
+def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = cuda.team
+    monkeypatch.setattr(cuda, "team", lambda spec, backward: known(spec, backward, H200))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: H200.multiprocessors)
+
+
 @pytest.mark.parametrize(
     ("changes", "count"),
     [
@@ -129,13 +136,30 @@ def test_on_the_cpu_it_says_where_it_runs() -> None:
 def test_layers_overlap_only_where_they_have_room(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], count: int
 ) -> None:
-    known = cuda.team
-    monkeypatch.setattr(cuda, "team", lambda spec, backward: known(spec, backward, H200))
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: H200.multiprocessors)
+    on_an_h200(monkeypatch)
     given = problem(**{"layers": 2, "steps": 512, "hidden_size": 256, **changes})
     parts = cuda.CudaWalks().parts(given, backward=False)
     assert len(parts) == count
     assert [t for part in parts for t in part] == list(range(given.steps))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 128}, "1 block(s) hold a layer's recurrent weights for 8 sequences at a time."),
+        (
+            {"hidden_size": 256, "layers": 2, "steps": 512},
+            "8 sequences at a time; 2 layers work beside each other, 8 parts of the steps.",
+        ),
+        ({"hidden_size": 1024}, "32 block(s) in 2 clusters hold a layer's recurrent"),
+    ],
+)
+def test_what_a_shape_gets_is_said(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], words: str
+) -> None:
+    on_an_h200(monkeypatch)
+    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
+    assert words in str(cuda.rather_not(problem(**changes)))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,24 @@ def why_not(problem: RnnProblem) -> str | None:
 
 
 def rather_not(problem: RnnProblem) -> str | None:
-    return "the CUDA kernel has never run on a GPU, only on the CPU in its tests; backend='cuda' asks for it."
+    return (
+        "the CUDA kernel has never run on a GPU, only on the CPU in its tests; backend='cuda' asks for it, "
+        f"and then {in_words(problem)}."
+    )
+
+
+def in_words(problem: RnnProblem) -> str:
+    """What the problem gets on its device."""
+    with _current(problem.device):
+        shared_out = team(spec_of(problem, _tf32(problem)), False)
+        parts = len(CudaWalks().parts(problem, False))
+    words = f"{shared_out.cluster * shared_out.clusters} block(s)"
+    if shared_out.clusters > 1:
+        words += f" in {shared_out.clusters} clusters"
+    words += f" hold a layer's recurrent weights for {shared_out.columns} sequences at a time"
+    if parts > 1:
+        words += f"; {problem.layers} layers work beside each other, {parts} parts of the steps"
+    return words
 
 
 def _current(device: torch.device) -> Any:
