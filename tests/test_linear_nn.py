@@ -17,6 +17,7 @@ from interfuse.ops import _linear_eager as eager
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
+OP = torch.ops.interfuse.linear.default
 ACTIVATIONS = (None, nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(),
                nn.Tanh(), nn.Sigmoid(), nn.Softmax(-1))  # fmt: skip
 
@@ -156,6 +157,100 @@ def test_a_chain_of_mixed_weights_and_several_inputs() -> None:
         assert torch.equal(chain(x, y), second(CompactLinear(first)(x, y)))
         half = DenseChain(first, second).bfloat16()
         assert torch.equal(half(x.bfloat16(), y.bfloat16()), second(first(x.bfloat16(), y.bfloat16())))
+
+
+# ---- training a chain
+
+
+def by_layers(chain: DenseChain, *inputs: Tensor) -> Tensor:
+    """Each layer through the registered op."""
+    y = inputs
+    for layer in chain:
+        weight, bias, _, (activation, slope, _) = layer._layer()
+        y = (OP(list(y), weight, bias, None, activation or "none", slope, "", False)[0],)
+    return y[0]
+
+
+def gradients(y: Tensor, leaves: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return torch.autograd.grad((y * weights).sum(), leaves, **options)
+
+
+@pytest.mark.parametrize("names", [("relu", None), ("gelu", "softmax"), ("softmax", "silu")], ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (25,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_step_of_a_chain_gives_its_layers_gradients(names: Any, lead: Any, bias: bool) -> None:
+    torch.manual_seed(0)
+    chain = DenseChain(
+        FusionLinear([20, 44], 33, bias, names[0]), FusionLinear(33, 17, bias, names[1]),
+        FusionLinear(17, 5, True, "tanh"),
+    )  # fmt: skip
+    leaves = [torch.randn(*lead, 20, requires_grad=True), torch.randn(*lead, 44, requires_grad=True)]
+    wanted = [*leaves, *chain.parameters()]
+    for _ in range(2):  # made first, and made again
+        y = chain(*leaves)
+        assert torch.equal(y, by_layers(chain, *leaves))
+        pairs = zip(gradients(y, wanted), gradients(by_layers(chain, *leaves), wanted), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_step_of_a_chain_is_one_step_of_autograd() -> None:
+    chain, x = siamese(), torch.randn(4, 64)
+    assert all(type(node).__name__ == "AccumulateGrad" for node, _ in chain(x).grad_fn.next_functions if node)
+    loss = chain(x).square().sum()
+    first = torch.autograd.grad(loss, list(chain.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(chain.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_the_gradients_that_are_wanted() -> None:
+    chain, x = siamese(), torch.randn(4, 64, requires_grad=True)
+    expected = gradients(by_layers(chain, x), [x, *chain.parameters()])
+    for wanted in ([0], [1], [4], [6], [3, 0]):
+        leaves = [[x, *chain.parameters()][i] for i in wanted]
+        for t in (x, *chain.parameters()):
+            t.requires_grad_(any(t is leaf for leaf in leaves))
+        found = gradients(chain(x), leaves)
+        assert all(torch.equal(a, expected[i]) for a, i in zip(found, wanted, strict=True))
+
+
+def test_layers_that_share_parameters() -> None:
+    layer = FusionLinear(8, 8, activation="tanh")
+    chain, x = DenseChain(layer, layer), torch.randn(3, 8, requires_grad=True)
+    leaves = [x, layer.weight, layer.bias]
+    ours, theirs = gradients(chain(x), leaves), gradients(by_layers(chain, x), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    seconds = [gradients(sum(g.square().sum() for g in gradients(f(x), leaves, create_graph=True)), leaves)
+               for f in (chain, lambda x: by_layers(chain, x))]  # fmt: skip
+    assert all(close(a, b) for a, b in zip(*seconds, strict=True))
+
+
+def test_saved_tensors_that_hooks_change() -> None:
+    """What does not come back as it was goes through the registered ops."""
+    chain, x = siamese(), torch.randn(4, 64, requires_grad=True)
+    leaves = [x, *chain.parameters()]
+    expected = gradients(chain(x), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t.float().t().clone().t()):
+        y = chain(x)
+    assert all(close(a, b) for a, b in zip(gradients(y, leaves), expected, strict=True))
+
+
+def test_second_derivatives_of_a_chain() -> None:
+    chain, x = siamese(), torch.randn(4, 64, requires_grad=True)
+    leaves = [x, *chain.parameters()]
+    firsts = [gradients(f(x), leaves, create_graph=True) for f in (chain, lambda x: by_layers(chain, x))]
+    seconds = [gradients(sum(g.square().sum() for g in first), leaves) for first in firsts]
+    assert all(close(a, b) for a, b in zip(*seconds, strict=True))
+
+
+def test_several_gradients_of_a_chain_at_once() -> None:
+    chain, x, batch = siamese(), torch.randn(4, 64, requires_grad=True), torch.randn(3, 4, 1)
+    leaves = [x, *chain.parameters()]
+    found = torch.autograd.grad(chain(x), leaves, batch, is_grads_batched=True)
+    expected = [
+        torch.stack(g) for g in zip(*(torch.autograd.grad(chain(x), leaves, b) for b in batch), strict=True)
+    ]
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # ---- the short way

@@ -157,6 +157,9 @@ py::object callable_of(std::unique_ptr<Call> call) {
                                                return made->run(args, static_cast<int>(threads));
                                              } catch (const std::bad_alloc&) {
                                                return PyErr_NoMemory();
+                                             } catch (py::error_already_set& error) {
+                                               error.restore();
+                                               return nullptr;
                                              }
                                            }))),
                             METH_FASTCALL, Call::kDoc};

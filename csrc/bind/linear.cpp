@@ -1,4 +1,7 @@
+#include <algorithm>
+
 #include "bind/bind.h"
+#include "common/scratch.h"
 
 namespace interfuse {
 namespace bind {
@@ -168,6 +171,201 @@ py::object linear_call(const py::capsule& exchange, const py::tuple& watchers, c
   return callable_of(std::make_unique<LinearCall>(exchange, watchers, types, descs, inputs, layers, size, strides));
 }
 
+// A training step of a chain of layers as it was made once, forward and backward; see LinearCall.
+struct LinearTraining {
+  Likeness like;
+  py::list held;  // the plans' owners
+  std::vector<const interfuse_linear*> plans;
+  std::vector<Likeness::Tensor> inputs;
+  struct Layer {
+    Likeness::Tensor weight, bias, y;
+    py::tuple size, strides;  // of y
+    py::object arguments;
+    bool keeps_y, keeps_pre;
+  };
+  std::vector<Layer> layers;
+  std::vector<std::array<py::tuple, 2>> sizes;  // and strides, of the gradients: inputs, then each layer's weight and bias
+
+  // The addresses of inputs and of each layer's weight and bias; 1, 0 where they are others than before, -1 as an exception.
+  template <class Get>
+  int addresses(Get&& get, std::vector<void*>& from, std::vector<interfuse_linear_weights>& weights) const {
+    size_t at = 0;
+    for (size_t i = 0; i < inputs.size(); ++i)
+      if (const int fits = like.address(get(at++), inputs[i], &from[i]); fits != 1) return fits;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      void *weight, *bias;
+      if (const int fits = like.address(get(at++), layers[i].weight, &weight); fits != 1) return fits;
+      if (const int fits = like.address(get(at++), layers[i].bias, &bias); fits != 1) return fits;
+      weights[i] = {weight, nullptr, bias};
+    }
+    return 1;
+  }
+};
+
+// run(inputs and each layer's weight and bias, the layers' arguments, threads): a list of what each layer gives, and one of
+// the values before an activation that backward reads; None where the call is another one than before.
+class LinearTrainingForward {
+ public:
+  static constexpr Py_ssize_t kArguments = 3;
+  static constexpr const char* kDoc = "run takes tensors, the layers' arguments and threads";
+  explicit LinearTrainingForward(std::shared_ptr<LinearTraining> made) : made_(std::move(made)) {}
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    const LinearTraining& t = *made_;
+    if (const int watched = t.like.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    const size_t layers = t.layers.size();
+    if (!PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[1]) ||
+        PyTuple_GET_SIZE(args[0]) != static_cast<Py_ssize_t>(t.inputs.size() + 2 * layers) ||
+        PyTuple_GET_SIZE(args[1]) != static_cast<Py_ssize_t>(layers))
+      Py_RETURN_NONE;
+    std::vector<void*> from(t.inputs.size());
+    std::vector<interfuse_linear_weights> weights(layers);
+    const int fits = t.addresses([&](size_t i) { return PyTuple_GET_ITEM(args[0], static_cast<Py_ssize_t>(i)); }, from, weights);
+    if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    std::vector<void*> ys(layers), pres(layers);
+    py::list made(0), kept(0);
+    for (size_t i = 0; i < layers; ++i) {
+      const auto& layer = t.layers[i];
+      const int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(args[1], static_cast<Py_ssize_t>(i)), layer.arguments.ptr(), Py_EQ);
+      if (same != 1) return same < 0 ? nullptr : Py_NewRef(Py_None);
+      const py::object y = t.like.make(PyTuple_GET_ITEM(args[0], 0), layer.size, layer.strides, &ys[i]);
+      if (!y) return nullptr;
+      made.append(y);
+      if (!layer.keeps_pre) continue;
+      const py::object pre = t.like.make(PyTuple_GET_ITEM(args[0], 0), layer.size, layer.strides, &pres[i]);
+      if (!pre) return nullptr;
+      kept.append(pre);
+    }
+    interfuse_status status = INTERFUSE_OK;
+    Py_BEGIN_ALLOW_THREADS;
+    for (size_t i = 0; i < layers && status == INTERFUSE_OK; ++i)
+      status = interfuse_linear_forward(t.plans[i], i ? &ys[i - 1] : from.data(), &weights[i], ys[i], pres[i], threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? py::make_tuple(made, kept).release().ptr() : nullptr;
+  }
+
+ private:
+  std::shared_ptr<LinearTraining> made_;
+};
+
+// run(the gradient of the last output, what the forward took and then what it kept, which gradients are wanted, threads): the gradients in the order of what the forward took; None where a tensor is another one than it was.
+class LinearTrainingBackward {
+ public:
+  static constexpr Py_ssize_t kArguments = 4;
+  static constexpr const char* kDoc = "run takes the output's gradient, the saved tensors, a mask and threads";
+  explicit LinearTrainingBackward(std::shared_ptr<LinearTraining> made) : made_(std::move(made)) {}
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    const LinearTraining& t = *made_;
+    if (const int watched = t.like.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    const size_t layers = t.layers.size(), inputs = t.inputs.size(), taken = inputs + 2 * layers;
+    if (!PyTuple_CheckExact(args[1]) || !PyTuple_CheckExact(args[2]) || PyTuple_GET_SIZE(args[2]) != static_cast<Py_ssize_t>(taken))
+      Py_RETURN_NONE;
+    const Py_ssize_t given = PyTuple_GET_SIZE(args[1]);
+    Py_ssize_t next = static_cast<Py_ssize_t>(taken);
+    // Behind what forward took come the outputs that are kept, and then what the activations need.
+    std::vector<void*> from(inputs), ys(layers), pres(layers);
+    std::vector<interfuse_linear_weights> weights(layers);
+    if (given < next) Py_RETURN_NONE;
+    int fits = t.addresses([&](size_t i) { return PyTuple_GET_ITEM(args[1], static_cast<Py_ssize_t>(i)); }, from, weights);
+    for (int kind = 0; kind < 2; ++kind)
+      for (size_t i = 0; i < layers && fits == 1; ++i) {
+        if (!(kind ? t.layers[i].keeps_pre : t.layers[i].keeps_y)) continue;
+        if (next == given) Py_RETURN_NONE;
+        fits = t.like.address(PyTuple_GET_ITEM(args[1], next++), t.layers[i].y, kind ? &pres[i] : &ys[i]);
+      }
+    void* grad;
+    if (fits == 1) fits = t.like.address(args[0], t.layers.back().y, &grad);
+    if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    py::list found(taken);
+    std::vector<void*> to(taken);
+    size_t first = layers;  // the first layer that something is wanted of; the gradients of the inputs are the first one's
+    for (size_t i = taken; i-- > 0;) {
+      if (PyTuple_GET_ITEM(args[2], static_cast<Py_ssize_t>(i)) == Py_True) {
+        const py::object made = t.like.make(args[0], t.sizes[i][0], t.sizes[i][1], &to[i]);
+        if (!made) return nullptr;
+        found[i] = made;
+        first = i < inputs ? 0 : (i - inputs) / 2;
+        continue;
+      }
+      found[i] = py::none();
+    }
+    interfuse_status status = INTERFUSE_OK;
+    Py_BEGIN_ALLOW_THREADS;
+    status = backward(t, first, grad, from, weights, ys, pres, to, threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? found.release().ptr() : nullptr;
+  }
+
+ private:
+  static size_t bytes_of(const Likeness::Tensor& t) {
+    size_t count = t.bits / 8;
+    for (const int64_t size : t.shape) count *= static_cast<size_t>(size);
+    return count;
+  }
+
+  static interfuse_status backward(const LinearTraining& t, size_t first, const void* grad, const std::vector<void*>& from,
+                                   const std::vector<interfuse_linear_weights>& weights, const std::vector<void*>& ys,
+                                   const std::vector<void*>& pres, const std::vector<void*>& to, int threads) {
+    size_t widest = 0;
+    for (const auto& layer : t.layers) widest = std::max(widest, bytes_of(layer.y));
+    widest = (widest + 63) / 64 * 64;
+    char* between = nullptr;
+    if (first + 1 < t.layers.size()) {
+      try {
+        between = static_cast<char*>(interfuse::scratch(interfuse::Slot::between, 2 * widest));
+      } catch (const std::bad_alloc&) {
+        return INTERFUSE_OUT_OF_MEMORY;
+      }
+    }
+    const size_t inputs = from.size();
+    for (size_t i = t.layers.size(); i-- > first;) {
+      void* const below = i > first ? between + (i % 2) * widest : nullptr;
+      const interfuse_status status = interfuse_linear_backward(
+          t.plans[i], grad, i ? &ys[i - 1] : from.data(), weights[i].weight, ys[i], pres[i], i ? &below : to.data(),
+          to[inputs + 2 * i], to[inputs + 2 * i + 1], threads);
+      if (status != INTERFUSE_OK) return status;
+      grad = below;
+    }
+    return INTERFUSE_OK;
+  }
+
+  std::shared_ptr<LinearTraining> made_;
+};
+
+// Forward and backward of a training step. A layer is (weight, bias, arguments, keeps_y, size and strides of its output).
+py::tuple linear_training(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::list& descs,
+                          const py::tuple& inputs, const py::list& layers) {
+  if (inputs.empty() || layers.empty() || descs.size() != layers.size())
+    throw py::value_error("linear: a training step is made of at least one input, and of a LinearDesc for each of its layers.");
+  auto made = std::make_shared<LinearTraining>(LinearTraining{Likeness(exchange, watchers, types), descs, {}, {}, {}, {}});
+  const auto dense = [&](const Likeness::Tensor& t) {
+    py::list strides(t.shape.size());
+    int64_t step = 1;
+    for (size_t i = t.shape.size(); i-- > 0;) {
+      strides[i] = step;
+      step *= std::max<int64_t>(t.shape[i], 1);
+    }
+    made->sizes.push_back({py::tuple(py::cast(t.shape)), py::tuple(strides)});
+  };
+  for (const py::handle& x : inputs) made->inputs.push_back(made->like.describe(py::reinterpret_borrow<py::object>(x)));
+  for (const auto& x : made->inputs) dense(x);
+  descs[0].cast<const LinearDesc&>().pointers<void>(std::vector<uintptr_t>(inputs.size()));  // throws where these are too few
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const interfuse_linear* const plan = descs[i].cast<const LinearDesc&>().plan();
+    const py::tuple layer = layers[i].cast<py::tuple>();
+    const auto size = layer[4].cast<py::tuple>(), strides = layer[5].cast<py::tuple>();
+    const auto weight = made->like.describe(layer[0]);
+    const Likeness::Tensor y{static_cast<int32_t>(size.size()), weight.code, weight.bits, size.cast<Sizes>(), strides.cast<Sizes>()};
+    made->plans.push_back(plan);
+    made->layers.push_back({weight, made->like.describe(layer[1]), y, size, strides, layer[2], layer[3].cast<bool>(),
+                            interfuse_linear_saved(plan) > 0});
+    dense(weight), dense(made->layers.back().bias);
+  }
+  return py::make_tuple(callable_of(std::make_unique<LinearTrainingForward>(made)),
+                        callable_of(std::make_unique<LinearTrainingBackward>(made)));
+}
+
 }  // namespace
 
 void linear(py::module_& m) {
@@ -182,6 +380,8 @@ void linear(py::module_& m) {
         py::arg("threads"));
   m.def("linear_call", &linear_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("descs"),
         py::arg("inputs"), py::arg("layers"), py::arg("size"), py::arg("strides"));
+  m.def("linear_training", &linear_training, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("descs"),
+        py::arg("inputs"), py::arg("layers"));
   m.def("linear_backward", &linear_backward, py::arg("desc"), py::arg("grad_y"), py::arg("inputs"), py::arg("weight"),
         py::arg("y"), py::arg("pre"), py::arg("grad_inputs"), py::arg("grad_weight"), py::arg("grad_bias"),
         py::arg("threads"));

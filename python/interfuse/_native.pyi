@@ -194,6 +194,18 @@ def linear_call(
     size: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> Callable[[Any, Any, int], Any]: ...
+# A training step's forward and backward for tensors like the given ones, each None for others. A layer is
+# (weight, bias, arguments, whether backward reads what it gave, that tensor's size and strides).
+# forward(inputs and each layer's weight and bias, arguments, threads): what each layer gives, and the values
+# before activations that backward reads. backward(gradient, all the tensors that it reads, a mask, threads).
+def linear_training(
+    exchange: Any,
+    watchers: tuple[Callable[[], Any], ...],
+    types: tuple[type, type],
+    descs: list[LinearDesc],
+    inputs: tuple[Any, ...],
+    layers: list[Any],
+) -> tuple[Callable[..., Any], Callable[..., Any]]: ...
 def linear_backward(
     desc: LinearDesc,
     grad_y: int,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from interfuse.ops._linear_checks import Layer
+
 
 def _widths(in_features: int | Sequence[int]) -> tuple[int, ...]:
     widths = (in_features,) if isinstance(in_features, int) else tuple(in_features)
@@ -36,7 +38,7 @@ class _Dense(nn.Module):
     activation: str | None
     negative_slope: float
 
-    def _layer(self) -> eager.Layer:
+    def _layer(self) -> Layer:
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ class FusionLinear(_Dense):
             bound = 1 / math.sqrt(self.weight.shape[1])
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _layer(self) -> eager.Layer:
+    def _layer(self) -> Layer:
         parameters = self._parameters
         weight: Any = parameters.get("weight")
         if weight is None:  # parametrized: an attribute of another kind
@@ -165,7 +167,7 @@ class CompactLinear(_Dense):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.train(layer.training)
 
-    def _layer(self) -> eager.Layer:
+    def _layer(self) -> Layer:
         buffers = self._buffers
         weight: Any = buffers["weight"]
         return weight, buffers["bias"], buffers["scale"], (self.activation, self.negative_slope, None)

@@ -20,6 +20,7 @@ from interfuse.ops._linear_problem import ACTIVATIONS, DTYPES, LinearParams, Lin
 WEIGHT_DTYPES = (torch.bfloat16, torch.int8)
 
 Inputs = Tensor | Sequence[Tensor]
+Layer = tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]]  # weight, bias, scale, Options' values
 
 
 def fail(sentence: str) -> ValueError:

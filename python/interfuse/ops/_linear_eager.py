@@ -16,19 +16,14 @@ from torch.nn import Parameter
 from interfuse._native import LinearDesc, linear_call, linear_chain, linear_forward
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops import _linear_native as native
+from interfuse.ops import _linear_training as training
 from interfuse.ops._linear_checks import Options, as_list, check, check_types, resolve
-from interfuse.ops._linear_problem import LinearProblem, empty_outputs
-from interfuse.ops._linear_transforms import Forward, Tensors, call_backward
-from interfuse.torch_state import DLPACK_EXCHANGE, WATCHERS, apply, in_forward_mode, is_plain_eager
+from interfuse.torch_state import DLPACK_EXCHANGE, WATCHERS, in_forward_mode, is_plain_eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from interfuse.ops._linear_checks import Inputs
-    from interfuse.ops._linear_problem import Two
-
-# weight, bias, scale, and Options' values.
-Layer = tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]]
+    from interfuse.ops._linear_checks import Inputs, Layer
 
 _grad_enabled = torch.is_grad_enabled
 _threads = torch.get_num_threads
@@ -40,43 +35,13 @@ def is_plain(t: Any) -> bool:
     return (kind is Tensor or kind is Parameter) and t.is_cpu and not t.is_neg()
 
 
-class Direct:
-    """The native kernels of one training problem, called without the dispatcher."""
-
-    def __init__(self, problem: LinearProblem) -> None:
-        self.problem, self.params = problem, problem.params
-        y, pre = empty_outputs(replace(problem, device=torch.device("meta")))
-        inputs = [(*problem.lead, width) for width in problem.widths]
-        # Of grad_y, y, pre, weight and the inputs.
-        self._shapes = (y.shape, y.shape, pre.shape, (problem.out_features, problem.depth), *inputs)
-
-    def forward(self, tensors: Tensors) -> Two:
-        return native.run(self.problem, *tensors)
-
-    def backward(
-        self, grad_y: Tensor, tensors: Tensors, y: Tensor | None, pre: Tensor, mask: list[bool]
-    ) -> list[Tensor]:
-        """Saved tensors may come back through the user's hooks as anything, and grad_y from any graph."""
-        read = (grad_y, y, pre, tensors.weight, *tensors.inputs)
-        if _grad_enabled() or not is_plain_eager() or not self._as_saved(read):
-            return call_backward(self.params, grad_y, tensors, y, pre, mask)
-        return native.run_backward(self.problem, grad_y, *tensors, y, pre, mask)
-
-    def _as_saved(self, tensors: Sequence[Tensor | None]) -> bool:
-        dtype = self.problem.dtype
-        return all(
-            t is None or (is_plain(t) and t.shape == shape and t.dtype is dtype and t.layout is torch.strided)
-            for t, shape in zip(tensors, self._shapes, strict=True)
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is left to do for one combination of shapes, strides, dtypes and arguments."""
 
     desc: LinearDesc
     size: tuple[int, ...]
-    direct: Direct | None
+    trains: LinearDesc | None
 
 
 # Inference calls that took the short way, by the first weight's id, the first input's shape and the number of
@@ -86,7 +51,9 @@ _recent: BoundedCache[Callable[[Sequence[Tensor], list[Layer], int], Tensor | No
 
 def _again(inputs: Sequence[Tensor], layers: list[Layer]) -> Tensor | None:
     """The output of a call like a recent one, else None."""
-    if _grad_enabled() or in_forward_mode():
+    if _grad_enabled():
+        return training.again(inputs, layers)
+    if in_forward_mode():
         return None
     try:
         recent = _recent.get((id(layers[0][0]), inputs[0].shape, len(layers)))
@@ -131,12 +98,8 @@ def run(
         plan = _plans.put(key, _plan(tensors, weight, bias, scale, Options(*arguments)))
     if plan is False:
         return None
-    if _grad_enabled() and _wants_grad(tensors, weight, bias):
-        return (
-            None
-            if plan.direct is None
-            else apply(Forward, plan.direct, False, weight, bias, scale, *tensors)[0]
-        )
+    if _grad_enabled() and training.wanted(tensors, layers):
+        return None if plan.trains is None else training.first(tensors, layers, [plan.trains], [plan.size])
     if not _grad_enabled():
         _remember(tensors, layers, [plan.desc], plan.size)
     y = tensors[0].new_empty(plan.size)
@@ -151,12 +114,6 @@ def run(
         _threads(),
     )
     return y
-
-
-def _wants_grad(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return True
-    return any(x.requires_grad for x in inputs)
 
 
 def _key(
@@ -206,18 +163,19 @@ def _plan(
     known = [stride for stride in strides if stride is not None]
     if len(known) < len(strides):
         return False
-    training = replace(problem, save=True)
+    saving = replace(problem, save=True)
     return Plan(
         desc=native.make_desc(problem, known),
         size=(*problem.lead, problem.out_features),
-        direct=Direct(training) if native.why_not(training) is None else None,
+        trains=native.make_desc(saving, known) if native.why_not(saving) is None else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
     descs: list[LinearDesc]
-    size: tuple[int, ...]
+    sizes: list[tuple[int, ...]]
+    trains: list[LinearDesc] | None
 
 
 _chains: BoundedCache[ChainPlan | Literal[False]] = BoundedCache(256)
@@ -235,7 +193,7 @@ def run_chain(inputs: tuple[Tensor, ...], layers: list[Layer]) -> Tensor | None:
     taken: tuple[Tensor, ...] = inputs
     for weight, bias, scale, arguments in layers:
         key = _key(taken, weight, bias, scale, arguments)
-        if key is None or (grad and _wants_grad(taken, weight, bias)):
+        if key is None:
             return None
         keys.append(key)
         pointers.append(
@@ -252,21 +210,26 @@ def run_chain(inputs: tuple[Tensor, ...], layers: list[Layer]) -> Tensor | None:
         plan = _chains.put(whole, _chain_plan(inputs, layers))
     if plan is False:
         return None
+    if grad and training.wanted(inputs, layers):
+        return None if plan.trains is None else training.first(inputs, layers, plan.trains, plan.sizes)
     if not grad:
-        _remember(inputs, layers, plan.descs, plan.size)
-    y = inputs[0].new_empty(plan.size)
+        _remember(inputs, layers, plan.descs, plan.sizes[-1])
+    y = inputs[0].new_empty(plan.sizes[-1])
     linear_chain(plan.descs, [x.data_ptr() for x in inputs], pointers, y.data_ptr(), _threads())
     return y
 
 
 def _chain_plan(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> ChainPlan | Literal[False]:
-    descs = []
-    size: tuple[int, ...] = ()
+    plans: list[Plan] = []
     for weight, bias, scale, arguments in layers:
         plan = _plan(inputs, weight, bias, scale, Options(*arguments))
         if plan is False:
             return False
-        descs.append(plan.desc)
-        size = plan.size
-        inputs = [torch.empty(size, dtype=inputs[0].dtype)]
-    return ChainPlan(descs, size)
+        plans.append(plan)
+        inputs = [torch.empty(plan.size, dtype=inputs[0].dtype)]
+    trains = [plan.trains for plan in plans if plan.trains is not None]
+    return ChainPlan(
+        [plan.desc for plan in plans],
+        [plan.size for plan in plans],
+        trains if len(trains) == len(plans) else None,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,18 +37,6 @@ class Tensors(NamedTuple):
         return (*self.inputs, self.weight, self.bias)
 
 
-class Kernels(Protocol):
-    """The kernels of one call, reached through the dispatcher or directly."""
-
-    params: LinearParams
-
-    def forward(self, tensors: Tensors) -> Two: ...
-
-    def backward(
-        self, grad_y: Tensor, tensors: Tensors, y: Tensor | None, pre: Tensor, mask: list[bool]
-    ) -> list[Tensor]: ...
-
-
 def call_backward(
     params: LinearParams, grad_y: Tensor, tensors: Tensors, y: Tensor | None, pre: Tensor, mask: list[bool]
 ) -> list[Tensor]:
@@ -57,6 +45,8 @@ def call_backward(
 
 
 class ThroughOp:
+    """The registered ops, called from the autograd kernel of one of them."""
+
     def __init__(self, op: Any, keyset: Any, params: LinearParams) -> None:
         self.op, self.keyset, self.params = op, keyset, params
 
@@ -81,7 +71,7 @@ class Forward(SingleLevelFunction):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Kernels,
+        kernels: ThroughOp,
         save: bool,
         weight: Tensor,
         bias: Tensor | None,
