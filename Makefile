@@ -45,8 +45,8 @@ test: setup
 # pytest-benchmark's cases of every op and of the models, then each against its peers.
 bench: setup
 	@mkdir -p out
-	$(BIN)/python -m pytest $(OPS:%=bench/%.py) bench/models.py --benchmark-enable --benchmark-json out/pytest_benchmark.json
-	for op in $(OPS) models; do $(BIN)/interfuse bench $$op || exit 1; done
+	$(BIN)/python -m pytest $(OPS:%=bench/%.py) bench/models.py bench/zoo.py --benchmark-enable --benchmark-json out/pytest_benchmark.json
+	for op in $(OPS) models zoo; do $(BIN)/interfuse bench $$op || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from interfuse.bench import (
     roofline,
     sweep,
     workers,
+    zoo,
 )
 
 from interfuse import cli, terminal
@@ -159,6 +160,8 @@ EVERY = [
     *((models, name, provider) for name in ("image-text-b8@tiny", "video-audio-b4@tiny")
       for provider in ("interfuse", "interfuse_optimized", "interfuse_half_weights", "channels_last",
                        "onnxruntime", "openvino")),
+    *((zoo, name, "interfuse_optimized") for name in ("crnn@tiny", "clip@tiny", "late_fusion@tiny")),
+    (zoo, "film@tiny", "interfuse"),
     *((losses, name, provider) for name in losses.names(further=True, quick=True)
       for provider in ("interfuse", "torch_fused")),
 ]  # fmt: skip
@@ -314,6 +317,19 @@ def test_a_quick_run_of_the_command(
     else:
         assert saved["overhead"]["call"] > 0
         assert "Call overhead" in printed
+
+
+def test_the_zoo_is_compared_with_itself(tmp_path: pathlib.Path) -> None:
+    arguments = ["bench", "zoo", "--quick", "--case", "vqa@tiny", "--threads", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    saved = json.loads((tmp_path / "bench_zoo.json").read_text())
+    bars = zoo.bars(saved)
+    assert [bar.name.split(",")[0] for bar in bars] == ["inference", "training"]
+    for bar in bars:
+        assert bar.measured is not None
+        assert bar.measured > 0
+    del saved["rows"][0]["training"]
+    assert [bar.met for bar in zoo.bars(saved)][1:] == [False]
 
 
 def test_a_quick_sweep(capsys: pytest.CaptureFixture[str]) -> None:

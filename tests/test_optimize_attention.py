@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import interfuse
+from interfuse.rewrite import attention
 
 BOUND = tolerance.FLOAT32_ATTENTION_GRADIENT
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At these sizes too, at which torch's own module is as fast."""
+    monkeypatch.setattr(attention, "rather_not", lambda seen: None)
+    monkeypatch.setattr(attention, "LEAST_SCORES", 0)
 
 
 class Reader(nn.Module):
@@ -279,3 +287,23 @@ def test_autocast_keeps_the_models_dtypes() -> None:
         got = model(*given)
     assert got.dtype == expected.dtype
     assert tolerance.error(got, expected.float()) < 2e-2
+
+
+def test_few_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = interfuse.optimize(Reader())
+    random = torch.Generator().manual_seed(1)
+    words, patches = torch.randn(2, 300, 16, generator=random), torch.randn(2, 300, 16, generator=random)
+    with torch.no_grad():
+        model(*words_and_patches())
+        (refusal,) = row(model).why_not
+        assert refusal == "native: torch's own module is as fast for attention of 924 scores in inference"
+        model(words, patches)
+        assert row(model).kernel == "native"
+        model(words, words_and_patches()[1][:2])  # fewer keys, of a query seen before
+        assert "of 26400 scores" in row(model).why_not[0]
+    model(words, patches).sum().backward()
+    assert row(model).kernel == "native"
+    with torch.no_grad():
+        model(words, words)
+    assert "for self-attention of 720000 scores" in row(model).why_not[0]

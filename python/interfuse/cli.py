@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-OPS = ("conv_pool", "linear", "rnn", "attention", "losses", "models")  # those with a file in bench/
+OPS = ("conv_pool", "linear", "rnn", "attention", "losses", "models", "zoo")  # those with a file in bench/
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,18 +110,27 @@ def _measured(
     for identity in sites.keys() - paying.keys():
         report[identity].refusal = report[identity].refusal or "the model's own calls are as fast, or faster"
     if paying:
+        methods = _bind(plan, paying)  # once: rewriting them anew would be timed too
+
+        def put() -> None:
+            for method in methods:
+                method.bind()
+
+        def take() -> None:
+            for method in methods:
+                method.unbind()
+
         reason = whole_model(
             model,
             examples,
-            lambda: _bind(plan, paying),
-            lambda: _unbind(model),
+            put,
+            take,
             next(iter(paying.values())).weight_dtype,
             seconds / 2,
         )
-        _unbind(model)
-        if reason is None:
-            _bind(plan, paying)
-        else:
+        put()
+        if reason is not None:
+            take()
             for identity in paying:
                 report[identity].refusal = reason
     return report
@@ -190,7 +199,9 @@ def _sites(plan: Plan) -> dict[Identity, Site]:
     return found
 
 
-def _bind(plan: Plan, sites: Mapping[Identity, Site]) -> None:
+def _bind(plan: Plan, sites: Mapping[Identity, Site]) -> list[Bound]:
+    """Puts methods with these sites on their owners."""
+    made: list[Bound] = []
     methods: dict[tuple[int, str], list[Candidate]] = {}
     for c in plan.candidates:
         if c.identity in sites:
@@ -200,11 +211,14 @@ def _bind(plan: Plan, sites: Mapping[Identity, Site]) -> None:
         mine: dict[Any, Site] = {c.key: sites[c.identity] for c in group}
         lengths: dict[Any, int] = {c.key: c.match.length for c in group}
         if group[0].key is WHOLE:
-            ModuleForward(owner, mine[WHOLE]).bind()
+            made.append(ModuleForward(owner, mine[WHOLE]))
         elif isinstance(group[0].key, str):
-            SequentialForward(owner, lengths, mine).bind()
+            made.append(SequentialForward(owner, lengths, mine))
         else:
-            RewrittenMethod(owner, method, lengths, mine).bind()
+            made.append(RewrittenMethod(owner, method, lengths, mine))
+    for bound in made:
+        bound.bind()
+    return made
 
 
 def _unbind(model: nn.Module) -> None:

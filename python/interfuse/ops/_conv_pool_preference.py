@@ -29,6 +29,11 @@ LEAST_PRODUCTS, LEAST_RESULTS = 32_000_000, 65_536
 def rather_not(problem: ConvPoolProblem) -> str | None:
     """None where the native kernel is preferred to the reference, else the sentence that says why not."""
     seen = _Seen(problem)
+    if problem.save and seen.narrow and problem.batch:
+        return (
+            "torch's own functions are faster for the gradients of kernels wider than what they put out, "
+            "measured 0.01 to 1.2."
+        )
     if problem.batch == 0 or (seen.products < LEAST_PRODUCTS and seen.results < LEAST_RESULTS):
         return None
     slower = _of_bfloat16(seen) if problem.dtype == torch.bfloat16 else None
@@ -59,6 +64,11 @@ class _Seen:
         # Torch stores what the pool reads, and its gradient, of which a max pool leaves most zero.
         self.pooled = p.pool != "none" and self.plane >= 2 * math.prod(problem.out_sizes)
         self.thinned = self.pooled and p.pool == "max"
+
+    @property
+    def narrow(self) -> bool:
+        """Rows of results shorter than the kernel's, as where text is a picture one word wide."""
+        return self.problem.kernel[-1] >= 5 and self.problem.conv_sizes[-1] < self.problem.kernel[-1]
 
     @property
     def winograd(self) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
@@ -30,6 +30,41 @@ _NAMES = (
     "is_causal",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Seen(NamedTuple):
+    """A call in words; `alone`: keys and values are the queries, which torch projects by one product."""
+
+    problem: AttentionProblem
+    alone: bool
+
+
+# Below these many scores torch's own module was measured to be as fast as the kernels, or faster: what is
+# saved on scores does not yet pay for the calls around them. Torch 2.13, two cores of a Xeon with AVX-512,
+# widths of 32 to 512, 7 to 256 tokens, batches of 1 to 32.
+LEAST_SCORES = 80_000  # training
+LEAST_SCORES_PER_WIDTH = 1_200  # training: the products around the scores grow with the width
+LEAST_WITH_WEIGHTS = 1_000_000  # training, where the weights are returned too
+LEAST_IN_INFERENCE = 320_000
+LEAST_IN_INFERENCE_ALONE = 2_000_000  # torch has a call for the whole of self-attention, or with weights
+
+
+def rather_not(seen: Seen) -> str | None:
+    """Why torch's own module is to run a call, which is faster there."""
+    p = seen.problem
+    if p.device.type != "cpu":
+        return None
+    if p.save:
+        width = p.heads * p.head_dim
+        least = LEAST_WITH_WEIGHTS if p.weights else max(LEAST_SCORES, LEAST_SCORES_PER_WIDTH * width)
+    else:
+        least = LEAST_IN_INFERENCE_ALONE if seen.alone or p.weights else LEAST_IN_INFERENCE
+    scores = p.batch * p.heads * p.queries * p.keys
+    if scores >= least and not (seen.alone and p.weights and not p.save):
+        return None
+    what = f"{'self-' if seen.alone else ''}attention{' with its weights' if p.weights else ''}"
+    mode = "training" if p.save else "inference"
+    return f"torch's own module is as fast for {what} of {scores} scores in {mode}"
 
 
 class Attention:
@@ -73,11 +108,20 @@ class Attention:
         given.update(keywords)
         if "key" not in given or "value" not in given or (module.training and module.dropout):
             return None  # what is missing torch says itself; dropout is torch's own
+        kind = (given["key"].shape, given["key"] is value, bool(given.get("need_weights", True)))
+        if _few(module, value, given["key"]) and not torch.compiler.is_compiling():
+            # Whatever else it is, no kernel takes it (rather_not): what is asked below takes as long as that
+            # saves. The one weight is there for whether a gradient is wanted.
+            return Call(
+                (value, given["key"], given["value"], module.out_proj.weight),
+                {"module": module, **given},
+                kind=kind,
+            )
         tensors = (value, given.pop("key"), given.pop("value"), *weights_of(module))
         masks = [given.get("key_padding_mask"), given.get("attn_mask")]
         if not _fits(module, tensors, masks, bool(given.get("is_causal"))):
             return None
-        return Call(tensors, {"module": module, **given})
+        return Call(tensors, {"module": module, **given}, kind=kind)
 
     def run(self, call: Call) -> Any:
         query, key, value, *weights = call.tensors
@@ -88,12 +132,12 @@ class Attention:
     def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
         return links, call  # nothing is random: calls with dropout are not taken
 
-    def describe(self, call: Call) -> AttentionProblem:
+    def describe(self, call: Call) -> Seen:
         query, key = call.tensors[:2]
         module = call.settings["module"]
         batched = query.dim() == 3
         axis = 0 if module.batch_first else 1
-        return AttentionProblem(
+        problem = AttentionProblem(
             params=AttentionParams(bool(call.settings.get("is_causal")), 1.0),
             batch=query.shape[axis] if batched else 1,
             heads=module.num_heads,
@@ -108,12 +152,28 @@ class Attention:
             weights=bool(call.settings.get("need_weights", True)),
             save=wants_gradient(call),
         )
+        return Seen(problem, key is query)
 
-    def kernel(self, seen: AttentionProblem) -> tuple[str | None, tuple[str, ...]]:
-        chosen = choose(IMPLEMENTATIONS, seen)
+    def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
+        chosen = choose(IMPLEMENTATIONS, seen.problem)
         before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
+        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen.problem))
+        slower = rather_not(seen)
+        if slower is not None:
+            return None, (*why_not, f"{chosen.name}: {slower}")
         return None if chosen.name == "reference" else chosen.name, why_not
+
+
+def _few(module: nn.MultiheadAttention, query: Any, key: Any) -> bool:
+    """Whether these are plain tensors with fewer scores than any kernel is taken for."""
+    if type(query) is not Tensor or type(key) is not Tensor or query.is_nested or key.is_nested:
+        return False
+    dims = query.dim()
+    if dims not in (2, 3) or key.dim() != dims or not query.is_cpu:
+        return False
+    tokens = query.numel() * key.numel() // max(1, query.shape[-1] * key.shape[-1])
+    batch = 1 if dims == 2 else max(1, query.shape[0 if module.batch_first else 1])
+    return tokens // batch * module.num_heads < LEAST_SCORES
 
 
 def _fits(

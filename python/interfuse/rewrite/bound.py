@@ -53,6 +53,9 @@ class Bound:
         # Not setattr, which a module may have changed.
         self.owner.__dict__[self.method] = self
 
+    def unbind(self) -> None:
+        self.owner.__dict__.pop(self.method, None)
+
 
 class SequentialForward(Bound):
     """nn.Sequential's forward with sites at some children, by name. The children are walked as they are

@@ -148,12 +148,18 @@ class TrySite:
 
     def _time(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> None:
         value = call.tensors[0]
+
+        def fused(value: Tensor, rounded: bool = True) -> Any:
+            """With what a site does before the call."""
+            made = site.pattern.prepare(links, call.wrap(value)) or call
+            return site.pattern.run(site.rounded(made) if rounded else made)
+
         with torch.no_grad():
             outcome.add(
                 "inference",
                 *in_turns(
                     lambda: run_plainly(links, call.wrap(value)),
-                    lambda: site.pattern.run(site.rounded(call)),
+                    lambda: fused(value),
                     self.seconds,
                     value,
                 ),
@@ -171,7 +177,7 @@ class TrySite:
             "training",
             *in_turns(
                 lambda: _gradients(plain(), leaves, wanted, grads),
-                lambda: _gradients(tensors_of(site.pattern.run(call)), leaves, wanted, grads),
+                lambda: _gradients(tensors_of(fused(value, rounded=False)), leaves, wanted, grads),
                 self.seconds,
                 value,
             ),

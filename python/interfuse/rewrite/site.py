@@ -52,6 +52,7 @@ class Call(NamedTuple):
     tensors: tuple[Any, ...]
     settings: dict[str, Any]
     wrap: Callable[[Tensor], Any] = lambda tensor: tensor  # puts the first tensor into what the links take
+    kind: Hashable = None  # what decides over kernels beside the first tensor, where a site's calls differ
 
 
 class Pattern(Protocol):
@@ -144,7 +145,7 @@ class Site:
         """Whether a kernel takes the call, and not only the reference, which is slower than the plain
         calls."""
         value = call.tensors[0]
-        kind = (value.shape, value.dtype, value.device, gradient)
+        kind = (value.shape, value.dtype, value.device, gradient, call.kind)
         served = self._served.get(kind)
         if served is None:
             if len(self._served) >= MOST_KINDS:

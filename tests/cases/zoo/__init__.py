@@ -24,6 +24,7 @@ class Entry:
     inputs: Callable[[int], tuple[Any, ...]]  # takes the batch
     fused: list[str]
     left: dict[str, str] = field(default_factory=dict)
+    own_in_training: list[str] = field(default_factory=list)  # torch's own functions are faster there
     idle: list[str] = field(default_factory=list)  # fused in a Sequential whose own forward nobody calls
 
     def build(self, scale: int = 1) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -85,7 +86,7 @@ ENTRIES: dict[str, Entry] = {
     "c3d": Entry(vision.C3D, each(floats(3, 8, 16, 16)), ["conv1", "conv2", "conv3a", "conv3b"]),
     "two_stream": Entry(
         vision.TwoStream,
-        each(floats(2, 3, 32, 32), floats(2, 10, 32, 32)),
+        each(floats(2, 3, 48, 48), floats(2, 10, 48, 48)),
         [f"{name}.features.{i}" for name in ("spatial", "temporal") for i in (0, 3, 5)],
     ),
     "conv_lstm": Entry(
@@ -116,7 +117,12 @@ ENTRIES: dict[str, Entry] = {
         ["att", "cla", "conv_block1.conv2", "conv_block2.conv2", "gru"],
         {"conv_block1.conv1": NORMALISED},
     ),
-    "text_cnn": Entry(sequences.TextCNN, each(tokens(30, 9)), ["convs.0 ... convs.2"]),
+    "text_cnn": Entry(
+        sequences.TextCNN,
+        each(tokens(30, 9)),
+        ["convs.0 ... convs.2"],
+        own_in_training=["convs.0 ... convs.2"],
+    ),
     "hierarchical_attention": Entry(
         sequences.HierarchicalAttention,
         each(tokens(40, 4, 6), mixed(6, 4)),
@@ -131,11 +137,9 @@ ENTRIES: dict[str, Entry] = {
         {"decode_step": ONE_STEP, "encoder.2": NORMALISED},
     ),
     "tensor_fusion": Entry(
-        fusion.TensorFusion, each(floats(5), floats(7), lambda n: torch.randn(n, 6, 16)), ["text_subnet.rnn"]
+        fusion.TensorFusion, each(floats(5), floats(7), floats(6, 16)), ["text_subnet.rnn"]
     ),
-    "low_rank_fusion": Entry(
-        fusion.LowRankFusion, each(floats(5), lambda n: torch.randn(n, 6, 16)), ["text_subnet.rnn"]
-    ),
+    "low_rank_fusion": Entry(fusion.LowRankFusion, each(floats(5), floats(6, 16)), ["text_subnet.rnn"]),
     "gated_unit": Entry(fusion.GatedMultimodalUnit, each(floats(3, 12, 12), floats(12)), ["image.0"]),
     "film": Entry(
         fusion.FiLM,

@@ -135,7 +135,7 @@ class TensorFusion(nn.Module):
         super().__init__()
         self.audio_subnet = SubNet(5, width // 2)
         self.video_subnet = SubNet(7, width // 2)
-        self.text_subnet = TextSubNet(2 * width, 2 * width, width)
+        self.text_subnet = TextSubNet(16, 2 * width, width)
         self.post_fusion_layer_1 = nn.Linear((width + 1) * (width // 2 + 1) ** 2, 2 * width)
         self.post_fusion_layer_2 = nn.Linear(2 * width, 1)
         self.output_range = nn.Parameter(torch.tensor([6.0]), requires_grad=False)
@@ -163,7 +163,7 @@ class LowRankFusion(nn.Module):
         super().__init__()
         rank = 4
         self.audio_subnet = SubNet(5, width)
-        self.text_subnet = TextSubNet(2 * width, width, width)
+        self.text_subnet = TextSubNet(16, width, width)
         self.audio_factor = nn.Parameter(torch.randn(rank, width + 1, 3))
         self.text_factor = nn.Parameter(torch.randn(rank, width + 1, 3))
         self.fusion_weights = nn.Parameter(torch.randn(1, rank))

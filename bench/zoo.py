@@ -1,0 +1,125 @@
+"""Public architectures as their authors write them, before and after optimize().
+
+`interfuse bench zoo` prints the table; `pytest bench/zoo.py --benchmark-enable` runs each case under
+pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from interfuse.bench import peers
+from interfuse.bench.report import Bar
+from interfuse.bench.roofline import Cost
+from interfuse.cases.zoo import ENTRIES, Entry
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import interfuse
+
+# "interfuse": with example inputs, which measures every site; "interfuse_optimized": without.
+PROVIDERS = ("interfuse", "interfuse_optimized", "eager")
+SCALE = 4  # of widths and batch, over those of the tests
+
+
+def names(further: bool, quick: bool) -> list[str]:
+    return [f"{name}{'@tiny' if quick else ''}" for name in ENTRIES]
+
+
+def isa() -> str:
+    from interfuse import _native
+
+    return str(_native.info()["isa"])
+
+
+def workload(name: str) -> ZooWorkload:
+    """By name; 'NAME@tiny' is the same model as the tests have it."""
+    plain, _, variant = name.partition("@")
+    if plain not in ENTRIES:
+        raise ValueError(f"There is no model '{plain}' in the zoo.")
+    return ZooWorkload(plain, ENTRIES[plain], 1 if variant == "tiny" else SCALE)
+
+
+class ZooWorkload:
+    """One model in evaluation, whose outputs float64 can check; its training step has no dropout."""
+
+    dtype = torch.float32
+    channels_last = None
+    mask = None
+
+    def __init__(self, name: str, entry: Entry, scale: int) -> None:
+        self.name, self.entry, self.scale = name, entry, scale
+        inputs = [f"input{i}" for i, x in enumerate(self.inputs()) if x.is_floating_point()]
+        self.gradients = [*inputs, *(name for name, _ in self.module().named_parameters())]
+
+    def why_not(self, provider: str) -> str | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kernel": "native", "scale": self.scale, "bar": True}
+
+    def tiny(self) -> ZooWorkload:
+        return ZooWorkload(self.name, self.entry, 1)
+
+    def module(self) -> nn.Module:
+        return self.entry.build(self.scale)[0].eval().requires_grad_()
+
+    def inputs(self) -> list[Tensor]:
+        return list(self.entry.build(self.scale)[1])
+
+    def ours(self, module: nn.Module) -> nn.Module:
+        return interfuse.optimize(module, self.inputs(), seconds=2)
+
+    def ours_optimized(self, module: nn.Module) -> nn.Module:
+        return interfuse.optimize(module)
+
+    def cost(self, training: bool) -> Cost:
+        """What torch counts of convolutions and products (not of recurrent layers); every weight once."""
+        module = self.module()
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            module(*self.inputs())
+        times = 3 if training else 1
+        weights = sum(p.numel() for p in module.parameters())
+        return Cost(times * counted.get_total_flops(), times * 4 * weights)
+
+    def onnx(self, module: nn.Module) -> bytes:
+        raise NotImplementedError("The zoo is compared with itself, not with other runtimes.")
+
+
+NOT_SLOWER = 0.97
+
+
+def bars(report: dict[str, Any]) -> list[Bar]:
+    """A model that was optimised with example inputs is never slower than it was."""
+    return [
+        Bar(f"{mode}, {row['case']}, optimised over eager", NOT_SLOWER, ratio(row, mode), at_least=True)
+        for row in report["rows"]
+        for mode in ("inference", "training")
+    ]
+
+
+def ratio(row: dict[str, Any], mode: str) -> float | None:
+    """How many times as long the model takes as it was, with the same malloc."""
+    times = row.get(mode, {}).get("times", {})
+    if any("default" not in times.get(name, {}) for name in ("interfuse", "eager")):
+        return None
+    return times["eager"]["default"]["median"] / times["interfuse"]["default"]["median"]
+
+
+# --- pytest-benchmark --------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
+    metafunc.parametrize("provider", PROVIDERS)
+    metafunc.parametrize("name", names(further=True, quick=False))
+
+
+def test_inference(benchmark: Any, name: str, provider: str) -> None:
+    with torch.no_grad():
+        benchmark(peers.built_here(workload(name), provider).infer)
+
+
+def test_training(benchmark: Any, name: str, provider: str) -> None:
+    benchmark(peers.built_here(workload(name), provider).train)
