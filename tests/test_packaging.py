@@ -198,6 +198,15 @@ def test_cmake_alone_serves_an_embedder_in_c(source: Path, prefix: Path, tmp_pat
     assert printed.split(":")[1].split() == ["5", "7", "13", "15", "100", "96", "84", "80"]
 
 
+def test_cmake_alone_serves_numpy_without_torch(source: Path, prefix: Path, tmp_path: Path) -> None:
+    (library,) = [path for path in prefix.rglob("libinterfuse.so") if path.exists()]
+    program = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__'); "
+    program += "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    script = source / "examples/embed/numpy_fusion.py"
+    printed = run(sys.executable, "-c", program, script, library, cwd=tmp_path)
+    assert float(printed.rsplit(maxsplit=1)[1]) < 1e-6
+
+
 @pytest.mark.skipif(shutil.which("ldd") is None, reason="ldd is not installed")
 def test_the_installed_core_knows_neither_python_nor_torch(prefix: Path) -> None:
     (library,) = [path for path in prefix.rglob("libinterfuse.so") if path.exists()]
