@@ -1,4 +1,4 @@
-"""The command line: `interfuse doctor`, `interfuse demo`, `interfuse bench OP`."""
+"""The command line: `interfuse doctor`, `demo`, `bench OP` and `explain TARGET`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,22 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=run_bench)
 
+    explain = commands.add_parser("explain", help="what becomes of each part of a model, and why")
+    explain.add_argument(
+        "target",
+        metavar="TARGET",
+        help="package.module:name or path/to/script.py:name, a model or what gives one when it is called",
+    )
+    explain.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SIZES",
+        help="an argument of the model, as 1x3x64x64 or 1x20:int64 (may be repeated); with them "
+        "each site is verified and timed",
+    )
+    explain.set_defaults(run=run_explain)
+
     for command in (demo, bench):
         command.add_argument("--threads", type=int, help="default: the physical cores of this machine")
         command.add_argument(
@@ -69,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
             default=pathlib.Path("out"),
             help="folder for JSON and plot (default out/)",
         )
-    for command in (doctor, demo, bench):
+    for command in (doctor, demo, bench, explain):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return top
 
@@ -154,6 +170,22 @@ def run_sweep(arguments: argparse.Namespace, op: Any) -> int:
     found = list(op.sweep_rows(arguments.case, arguments.quick, not arguments.inference_only, threads))
     print(json.dumps([vars(row) for row in found], indent=1) if arguments.json else sweep.text(found))
     return 1 if arguments.check and any(row.slower for row in found) else 0
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from interfuse import named_model
+
+    try:
+        found = named_model.explanation(arguments.target, arguments.input)
+    except named_model.NotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = [dataclasses.asdict(row) | {"verdict": row.verdict} for row in found.rows]
+    as_json = {"model": found.model, "fused": len(found.fused), "rows": rows}
+    print(json.dumps(as_json, indent=1) if arguments.json else found)
+    return 0
 
 
 def choose(kind: str, default: list[str], known: list[str], asked: list[str] | None) -> list[str] | None:
