@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear layer against its peers: the row that carries the bars and further rows.
+"""The losses against their peers: cross-entropy of a linear layer, whose row carries the bars, and those of
+two tensors.
 
 `interfuse bench losses` prints the peer table; `pytest bench/losses.py --benchmark-enable` runs each case
 under pytest-benchmark, interfuse and eager side by side.
@@ -18,18 +19,27 @@ from interfuse.bench.workers import between
 from interfuse.cases import losses as cases
 from torch import Tensor, nn
 
+from interfuse import ops
 from interfuse.nn.losses import LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
-    from interfuse.cases.losses import Case
+    from collections.abc import Callable
+
+    from interfuse.cases.losses import Case, PairCase
 
 # Of bench/peers.py, those that can run this op.
 PROVIDERS = ("interfuse", "eager", "torch_fused", "compile")
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    wanted = ("bar", "further") if further else ("bar",)
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+    wanted = ("bar", "beside", "further") if further else ("bar", "beside")
+    of_bench = [case.name for case in (*cases.CASES, *cases.PAIRS) if case.bench in wanted]
+    return [f"{name}{'@tiny' if quick else ''}" for name in of_bench]
+
+
+def gpu_names() -> list[str]:
+    """Beside these rows, one that is large enough for a GPU."""
+    return ["info-nce-4096x256"]
 
 
 def isa() -> str:
@@ -38,12 +48,13 @@ def isa() -> str:
     return str(_native.info()["isa"])
 
 
-def workload(name: str) -> LossWorkload:
-    """By name; 'NAME@tiny' is the same case with eight rows and a hundred classes."""
+def workload(name: str) -> LossWorkload | PairWorkload:
+    """By name; 'NAME@tiny' is the same case with eight rows and at most a hundred classes or features."""
     plain, _, variant = name.partition("@")
-    for case in cases.CASES:
+    made: LossWorkload | PairWorkload
+    for case in (*cases.CASES, *cases.PAIRS):
         if case.name == plain:
-            made = LossWorkload(case)
+            made = PairWorkload(case) if isinstance(case, cases.PairCase) else LossWorkload(case)
             return made.tiny() if variant == "tiny" else made
     raise ValueError(f"There is no case '{plain}' in the list of losses' cases.")
 
@@ -154,6 +165,103 @@ class LossWorkload:
 
         with torch.no_grad():
             return between(op, binding, seconds)
+
+
+def contrastive(a: Tensor, b: Tensor, target: Tensor) -> Tensor:
+    distance = F.pairwise_distance(a, b)
+    return (target * distance.square() + (1 - target) * (1 - distance).clamp(min=0).square()).mean() / 2
+
+
+def similarities(a: Tensor, b: Tensor, target: Tensor) -> Tensor:
+    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / 0.07
+    partner = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
+
+
+# As people write them, and ours. The target is what rows belong to, or not there.
+TORCHS = {
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "mse": F.mse_loss,
+    "contrastive": contrastive,
+    "info_nce": similarities,
+}
+OURS = {
+    "bce_with_logits": ops.binary_cross_entropy_with_logits,
+    "mse": lambda x, target: ops.reconstruction_loss([x], [target]),
+    "contrastive": ops.contrastive_loss,
+    "info_nce": lambda a, b, target: ops.info_nce(a, b),
+}
+
+
+class PairHead(nn.Module):
+    """A loss of two tensors. The target is a buffer: gradients are asked for of all inputs."""
+
+    target: Tensor
+
+    def __init__(self, function: Callable[..., Tensor], target: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("target", target)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, self.target)
+
+
+class PairWorkload:
+    """One case as torch's functions and as ours."""
+
+    channels_last = None
+    mask = None
+
+    def __init__(self, case: PairCase) -> None:
+        self.case = case
+        self.name = case.name
+        self.dtype = case.dtype
+        self.of_rows = case.loss in ("contrastive", "info_nce")
+        self.gradients = ("first", "second") if self.of_rows else ("input",)
+
+    def why_not(self, provider: str) -> str | None:
+        return "torch has no fused form of this loss." if provider == "torch_fused" else None
+
+    def describe(self) -> dict[str, Any]:
+        shape = [self.case.rows, self.case.features]
+        return {"kernel": self.case.loss, "bar": False, "input": shape, "dtype": str(self.dtype)[6:]}
+
+    def tiny(self) -> PairWorkload:
+        return PairWorkload(dataclasses.replace(self.case, rows=8, features=min(self.case.features, 100)))
+
+    def _drawn(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.case.rows, self.case.features, generator=generator)
+
+    def module(self) -> nn.Module:
+        target = (self._drawn(1) > 0).float()
+        target = target[:, 0].contiguous() if self.of_rows else target
+        return PairHead(TORCHS[self.case.loss], target.to(self.dtype))
+
+    def inputs(self) -> list[Tensor]:
+        # Distances near the margin, so that either kind of pair costs something.
+        scale = self.case.features**-0.5 if self.of_rows else 1.0
+        count = 2 if self.of_rows else 1
+        return [(self._drawn(seed) * scale).to(self.dtype) for seed in range(2, 2 + count)]
+
+    def ours(self, module: Any) -> nn.Module:
+        return PairHead(OURS[self.case.loss], module.target)
+
+    def cost(self, training: bool) -> Cost:
+        """Forward: both tensors once. Training: their gradients' bytes beside a second reading."""
+        elements = self.case.rows * self.case.features
+        written = 2 if self.of_rows else 1
+        moved = (4 + written if training else 2) * elements * self.dtype.itemsize
+        if self.case.loss == "info_nce":
+            return Cost((3 if training else 1) * 2 * self.case.rows * elements, moved)
+        return Cost((6 if training else 3) * elements, moved)
+
+    def onnx(self, module: nn.Module) -> bytes:
+        raise NotImplementedError("A loss is for training, which the ONNX peers do not do.")
+
+    def overhead(self, seconds: float, threads: int) -> dict[str, float]:
+        raise NotImplementedError(f"The overhead of a call is measured on {OVERHEAD_CASE}.")
 
 
 OVERHEAD_CASE = "vocabulary-20k@tiny"

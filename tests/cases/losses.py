@@ -58,4 +58,30 @@ SMALL = (
     Case("nothing-counts-sum", 5, 12, 7, reduction="sum", ignored=5),
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class PairCase:
+    """A loss of two tensors of one shape, its mean."""
+
+    name: str
+    loss: str  # bce_with_logits, mse, contrastive or info_nce
+    rows: int
+    features: int
+    dtype: torch.dtype = torch.float32
+    bench: str = "further"  # "beside": timed with the rows that carry bars, though it carries none
+
+
+PAIRS = (
+    PairCase("bce-256x10000", "bce_with_logits", 256, 10_000, bench="beside"),
+    PairCase("mse-256x10000", "mse", 256, 10_000),
+    PairCase("contrastive-4096x512", "contrastive", 4096, 512, bench="beside"),
+    PairCase("info-nce-1024x256", "info_nce", 1024, 256, bench="beside"),
+    PairCase("bce-64x1000", "bce_with_logits", 64, 1000),
+    PairCase("mse-64x1000", "mse", 64, 1000),
+    PairCase("contrastive-64x16", "contrastive", 64, 16),
+    PairCase("info-nce-256x128", "info_nce", 256, 128),
+    PairCase("info-nce-4096x256", "info_nce", 4096, 256),
+    PairCase("bce-256x10000-bf16", "bce_with_logits", 256, 10_000, torch.bfloat16),
+)
+
 CASES = (*BARS, *FURTHER, *SMALL)
