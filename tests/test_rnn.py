@@ -150,6 +150,39 @@ def test_nan_and_inf_stay_in_their_row(cell: str, backend: str | None) -> None:
     assert torch.equal(y[[0, 2, 4]], clean[[0, 2, 4]])
 
 
+# Enough sequences for the matrix units of processors that have them, which cannot multiply what is infinite.
+LARGE = Case("large", "lstm", 40, 9, 24, 32, 2)
+
+
+@pytest.mark.parametrize("cell", MODULES)
+def test_nan_and_inf_in_large_batches(cell: str) -> None:
+    g = oracle.given(replace(LARGE, cell=cell))
+    clean = oracle.ours(g)
+    clean_grad = oracle.gradients(clean, g.leaves())["x"]
+    with torch.no_grad():
+        g.x[1, 4, 2], g.x[23, 0, 0] = float("nan"), float("inf")
+    found, (true, true_leaves) = oracle.ours(g), oracle.truth(g)
+    assert torch.equal(found["y"].isnan(), true["y"].isnan())
+    rest = [row for row in range(LARGE.batch) if row not in (1, 23)]
+    assert torch.equal(found["y"][rest], clean["y"][rest])
+    found_grads, true_grads = oracle.gradients(found, g.leaves()), oracle.gradients(true, true_leaves)
+    assert torch.equal(found_grads["x"][rest], clean_grad[rest])
+    for name, grad in found_grads.items():
+        assert torch.equal(grad.isnan(), true_grads[name].isnan()), name
+
+
+@pytest.mark.parametrize("cell", [cell for cell in MODULES if cell != "rnn_relu"])
+def test_infinite_weights_saturate_large_batches(cell: str) -> None:
+    """An infinite sum is a gate that is open or shut, and gives a finite state."""
+    case = replace(LARGE, cell=cell, layers=1)
+    g = oracle.given(case)
+    with torch.no_grad():
+        g.weights["weight_ih_l0"][5, 3] = float("inf")
+    true, _ = oracle.truth(g)
+    assert true["y"].isfinite().all()
+    oracle.assert_close(oracle.ours(g), true, oracle.bounds(case)[0])
+
+
 @pytest.mark.parametrize("name", ["lstm-deep-both", "gru-deep-both", "rnn_tanh-ids", "projected"])
 def test_second_backward_and_unwanted_gradients(name: str) -> None:
     g = oracle.given(BY_NAME[name])

@@ -19,6 +19,7 @@ struct Rnn {
   int cell, directions;
   bool bias, save, batch_first, half_weights;
   bool rounded_weights;  // the same values as half_weights, in words of float32; the kernels choose between the two
+  bool pieces;  // the weights are kept in pieces too, for the matrix units; the kernels choose that
   int64_t batch, steps, input, hidden, projection, layers;
   int64_t x_step, x_row, vocabulary;
 

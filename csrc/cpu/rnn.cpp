@@ -35,7 +35,8 @@ void input_sums(const ForwardWeights<Cell>& weights, const typename ForwardWeigh
   q.start = w.bias, q.start_panel = Cell::kSlots * kLanes;
   q.c = gates, q.c_row = gate_row, q.c_panel = Cell::kSlots * kLanes;
   q.last = kLanes;
-  packed_product(weights.input(), depth, 0, q, rows, mine.begin * Cell::kGates, (mine.end - mine.begin) * Cell::kGates);
+  split_product(w.ih_pieces, weights.vectors(), weights.input(), depth, 0, q, rows, mine.begin * Cell::kGates,
+                (mine.end - mine.begin) * Cell::kGates);
   if (!Cell::kTwoSums) return;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t block = mine.begin; block < mine.end; ++block) {
@@ -189,9 +190,10 @@ class Stack {
     if (layer == 0 && a_.gate_table) return look_up(d, x, mine, s, end, base);
     int64_t row = 0;
     const float* direct = input.rows(d, s, row);
-    float* gathered = direct ? nullptr : scratch_floats(Slot::rows, kGather * depth);
+    const int64_t most = x.w.ih_pieces ? 2 * kGather : kGather;  // of whole tiles
+    float* gathered = direct ? nullptr : scratch_floats(Slot::rows, most * depth);
     for (int64_t first = begin; first < stop;) {
-      const int64_t count = direct || stop - first < kGather ? stop - first : kGather;
+      const int64_t count = direct || stop - first < most ? stop - first : most;
       for (int64_t i = 0; i < count && !direct; ++i) {
         while (order_.first[s + 1] <= first + i) ++s;
         input.copy(d, s, first + i - order_.first[s], gathered + i * depth);
@@ -223,7 +225,8 @@ class Stack {
     q.w = x.w.w_hh;
     q.c = x.gates + (order_.first[s] - base) * gate_row_, q.c_row = gate_row_, q.c_panel = Cell::kSlots * kLanes;
     q.start = q.c, q.start_row = q.c_row, q.start_panel = q.c_panel;
-    packed_product(weights_.recurrent(), p_.output(), from, q, order_.active[s], columns.begin, columns.end - columns.begin);
+    split_product(x.w.hh_pieces, weights_.vectors(), weights_.recurrent(), p_.output(), from, q, order_.active[s], columns.begin,
+                  columns.end - columns.begin);
   }
 
   // Asks for all of what the others just wrote at once: one line after the other would come at a core's distance each.
@@ -413,7 +416,7 @@ uint64_t hash_of(const Rnn& p, const RnnForward& a) {
 
 uint64_t kind_of(const Rnn& p) {
   uint64_t hash = hash_mix(0x726e6e00u + kLanes);
-  for (int64_t part : {int64_t(p.cell), int64_t(p.directions), int64_t(p.bias), int64_t(p.half_weights + 2 * p.rounded_weights), p.input, p.hidden,
+  for (int64_t part : {int64_t(p.cell), int64_t(p.directions), int64_t(p.bias), int64_t(p.half_weights + 2 * p.rounded_weights + 4 * p.pieces), p.input, p.hidden,
                        p.projection, p.layers})
     hash = hash_mix(hash ^ static_cast<uint64_t>(part)) + 1;
   return hash;
@@ -512,6 +515,9 @@ void forward(const Rnn& given, const RnnParts& parts, const RnnForward& a) {
   Rnn p = given;
   p.rounded_weights = p.half_weights && !halves_pay(p, parts);
   p.half_weights = p.half_weights && !p.rounded_weights;
+  int64_t depth = p.input > p.output() ? p.input : p.output();
+  if (p.layers > 1 && p.layer_input(1) > depth) depth = p.layer_input(1);
+  p.pieces = !given.half_weights && split_pays(parts.part[0].active[0], p.gates() * p.hidden * depth);
   ForwardOf body{p, parts, a};
   for_cell(p.cell, body);
 }

@@ -15,6 +15,8 @@ namespace INTERFUSE_ISA {
 namespace {
 
 constexpr Packing kPlain{1, false};
+// With fewer rows a step, cutting the weights into pieces takes longer than the input's gradient on the matrix units saves.
+constexpr int64_t kRowsWorthPieces = 4;
 
 template <class Cell>
 class Backward {
@@ -22,6 +24,8 @@ class Backward {
   Backward(const Rnn& p, const RnnParts& parts, const RnnBackward& a)
       : p_(p), parts_(parts), a_(a), units_(padded(p.hidden)), outputs_(padded(p.output())), blocks_(units_ / kLanes),
         gate_row_(units_ * Cell::kGates), input_row_(p.layers > 1 && layer_room(1) > layer_room(0) ? layer_room(1) : layer_room(0)),
+        pieces_(parts.part[0].active[0] >= kRowsWorthPieces &&
+                split_pays(kOuterTokens, gate_row_ * (input_row_ > outputs_ ? input_row_ : outputs_))),
         threads_(parts.count > 1 ? a.threads : rnn_threads<Cell>(p, parts.part[0], a.threads)), flags_(threads_) {}
 
   void run() {
@@ -70,6 +74,7 @@ class Backward {
   };
   struct Packed {
     float *w_hh, *w_ih, *w_hr;
+    float *hh_pieces, *ih_pieces;  // null without
   };
   struct Weights {
     interfuse_rnn_weights direction[2];
@@ -124,13 +129,19 @@ class Backward {
     return part;
   }
 
+  int64_t pieces_floats(int64_t columns) const { return pieces_ ? split_floats(columns / kLanes, gate_row_) : 0; }
   int64_t packed_floats(int64_t layer) const {
-    return gate_row_ * (outputs_ + layer_room(layer)) + (p_.projection ? outputs_ * units_ : 0);
+    return gate_row_ * (outputs_ + layer_room(layer)) + (p_.projection ? outputs_ * units_ : 0) + pieces_floats(outputs_) +
+           pieces_floats(layer_room(layer));
   }
   Packed packed(int64_t layer, int d) const {
     float* one = packs_ + (layer ? p_.directions * (packed_floats(0) + (layer - 1) * packed_floats(1)) + d * packed_floats(1)
                                  : d * packed_floats(0));
-    return {one, one + gate_row_ * outputs_, one + gate_row_ * (outputs_ + layer_room(layer))};
+    Packed all{one, one + gate_row_ * outputs_, one + gate_row_ * (outputs_ + layer_room(layer)), nullptr, nullptr};
+    if (!pieces_) return all;
+    all.hh_pieces = all.w_hr + (p_.projection ? outputs_ * units_ : 0);
+    all.ih_pieces = all.hh_pieces + pieces_floats(outputs_);
+    return all;
   }
 
   // One direction's weights as an array: their places in the struct and their sizes.
@@ -200,13 +211,17 @@ class Backward {
       for (int d = 0; d < p_.directions; ++d) {
         const interfuse_rnn_weights& w = a_.weights[layer * p_.directions + d];
         const Packed to = packed(layer, d);
-        const auto pack = [&](const float* from, int64_t gates, int64_t units, int64_t columns, float* place) {
-          const int64_t vectors = padded(columns) / kLanes;
-          pack_gates_transposed(from, gates, units, columns, share(vectors / 4 + vectors % 4, thread, threads), place);
+        const auto pack = [&](const float* from, int64_t gates, int64_t units, int64_t columns, float* place, float* pieces) {
+          const int64_t vectors = padded(columns) / kLanes, fours = vectors / 4;
+          const Range mine = share(fours + vectors % 4, thread, threads);
+          const auto vector_of = [&](int64_t panel) { return panel < fours ? panel * 4 : fours * 3 + panel; };
+          pack_gates_transposed(from, gates, units, columns, mine, place);
+          if (pieces)
+            split_weight(kPlain, vectors, padded(units) * gates, {vector_of(mine.begin), vector_of(mine.end)}, place, pieces);
         };
-        pack(w.w_hh, Cell::kGates, p_.hidden, p_.output(), to.w_hh);
-        if (needs_input_gradient(layer)) pack(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), to.w_ih);
-        if (p_.projection) pack(w.w_hr, 1, p_.projection, p_.hidden, to.w_hr);
+        pack(w.w_hh, Cell::kGates, p_.hidden, p_.output(), to.w_hh, to.hh_pieces);
+        if (needs_input_gradient(layer)) pack(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), to.w_ih, to.ih_pieces);
+        if (p_.projection) pack(w.w_hr, 1, p_.projection, p_.hidden, to.w_hr, nullptr);
       }
   }
 
@@ -292,14 +307,15 @@ class Backward {
 
   // dh of the first `rows` rows, unit blocks `mine`: the gates' gradients of the step after, of those units `from` to
   // `to`, times the recurrent weight.
-  INTERFUSE_INLINE void recurrent_product(const float* after, const Direction& x, const float* w, int64_t rows, Range mine,
+  INTERFUSE_INLINE void recurrent_product(const float* after, const Direction& x, const Packed& w, int64_t rows, Range mine,
                                           int64_t from, int64_t to, bool add) const {
     if (rows == 0 || from >= to || mine.begin >= mine.end) return;
     Product q{};
     q.depth = (to - from) * Cell::kGates, q.a = after + from * Cell::kGates, q.a_row = gate_row_;
-    q.w = w, q.c = x.dh, q.c_row = outputs_;
+    q.w = w.w_hh, q.c = x.dh, q.c_row = outputs_;
     if (add) q.start = q.c, q.start_row = q.c_row;
-    packed_product(kPlain, gate_row_, from * Cell::kGates, q, rows, mine.begin, mine.end - mine.begin);
+    split_product(w.hh_pieces, outputs_ / kLanes, kPlain, gate_row_, from * Cell::kGates, q, rows, mine.begin,
+                  mine.end - mine.begin);
   }
 
   static Range whole_panels(const RnnTeam& team, int d, int64_t blocks) {
@@ -310,7 +326,7 @@ class Backward {
   void step(RnnTeam& team, const RnnOrder& order, const Part& part, int64_t layer, int d, int64_t s, const Chunk& chunk,
             const float* after) const {
     const Direction& x = part.direction[d];
-    const float* w = packed(layer, d).w_hh;
+    const Packed w = packed(layer, d);
     const int64_t going = order.active[s + 1], at = order.first[s] - order.first[chunk.begin];
     const Range mine = whole_panels(team, d, blocks_), out = whole_panels(team, d, outputs_ / kLanes);
     if (p_.projection) {
@@ -319,7 +335,7 @@ class Backward {
       float* doutput = chunk.grads.doutput + at * outputs_;
       output_step(order, part, layer, d, s, out, doutput);
       team.meet(d);
-      unproject(order, x, packed(layer, d).w_hr, s, mine, doutput);
+      unproject(order, x, w.w_hr, s, mine, doutput);
     } else if (team.members(d) > 1) {
       // This thread's own units first: the others' arrive meanwhile.
       recurrent_product(after, x, w, going, mine, mine.begin * kLanes, mine.end * kLanes, false);
@@ -396,7 +412,7 @@ class Backward {
       memcpy(a_.grad_c0 + (at * p_.batch + order.row[j]) * p_.hidden, x.carry + j * units_, static_cast<size_t>(p_.hidden) * 4);
     if (!a_.grad_h0) return;
     const Range out = whole_panels(team, d, outputs_ / kLanes);
-    recurrent_product(after, x, packed(layer, d).w_hh, started, out, 0, units_, false);
+    recurrent_product(after, x, packed(layer, d), started, out, 0, units_, false);
     for (int64_t j = 0; j < order.rows; ++j)
       for (int64_t column = out.begin * kLanes; column < out.end * kLanes; column += kLanes) {
         Vec dh = load((j < started ? x.dh : x.incoming) + j * outputs_ + column);
@@ -413,9 +429,11 @@ class Backward {
     const Range mine = team.share(d, order.first[chunk.end] - begin);
     if (mine.begin >= mine.end) return;
     Product q{};
-    q.depth = gate_row_, q.a = chunk.grads.dx + mine.begin * gate_row_, q.a_row = gate_row_, q.w = packed(layer, d).w_ih;
+    const Packed w = packed(layer, d);
+    q.depth = gate_row_, q.a = chunk.grads.dx + mine.begin * gate_row_, q.a_row = gate_row_, q.w = w.w_ih;
     q.c = x.grad_input + (begin + mine.begin) * input_row_, q.c_row = input_row_;
-    packed_product(kPlain, gate_row_, 0, q, mine.end - mine.begin, 0, layer_room(layer) / kLanes);
+    const int64_t vectors = layer_room(layer) / kLanes;
+    split_product(w.ih_pieces, vectors, kPlain, gate_row_, 0, q, mine.end - mine.begin, 0, vectors);
   }
 
   // What the directions give to the layer's input, added up: for the layer below in its directions' step order, for the
@@ -490,6 +508,7 @@ class Backward {
   const RnnBackward& a_;
   const int64_t units_, outputs_, blocks_, gate_row_;
   const int64_t input_row_;  // of the input's gradient, alike in all layers: a layer's takes the place of the one's above
+  const bool pieces_;  // lie beside the weights, for the matrix units
   const int threads_;
   int64_t sums_room_ = 0;
   float *memory_ = nullptr, *packs_ = nullptr, *sums_ = nullptr;

@@ -2,7 +2,9 @@
 #include "cpu/rnn_outer.h"
 
 #include "common/gemm.h"
+#include "common/matrix_units.h"
 #include "common/scratch.h"
+#include "cpu/split_product.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -101,6 +103,105 @@ void add_block(const OuterTarget& to, const float* packed, const float* columns,
   }
 }
 
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+// With fewer tokens, those of one sequence most of all, too little is left of what the tiles save; with fewer columns their
+// width stays empty.
+constexpr int64_t kTokensWorthSplitting = 112;
+
+bool worth_splitting(const OuterTarget& to, int64_t tokens) {
+  return tokens >= kTokensWorthSplitting && to.columns >= split::kSide && matrix_units();
+}
+
+// Sixteen numbers of two tokens that are neighbours, zeros for tokens beyond the last.
+template <class At>
+INTERFUSE_INLINE void cut_pair(int64_t token, int64_t tokens, At&& at, uint16_t* to) {
+  split::cut_across(token < tokens ? at(token) : zero(), token + 1 < tokens ? at(token + 1) : zero(), to);
+}
+
+// Weight gradients of the gates' vectors `mine` (a unit block has `gates` of them) on the matrix units.
+struct SplitOuter {
+  const OuterTarget& to;
+  const OuterSource& from;
+  int64_t tokens;
+  bool first;
+
+  INTERFUSE_INLINE const float* grads(int64_t token, int64_t vector) const {
+    return from.grads + token * from.grads_row + vector * kLanes;
+  }
+  INTERFUSE_INLINE int width(int64_t column) const {
+    const int64_t left = to.columns - column;
+    return left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
+  }
+
+  // The gates' gradients as the first factor: its lines run along the tokens.
+  void cut_grads(Range mine, int64_t steps, uint16_t* kept) const {
+    for (int64_t v = mine.begin; v < mine.end; ++v)
+      for (int64_t step = 0; step < steps; ++step, kept += split::kStep) {
+        for (int64_t pair = 0; pair < split::kSide; ++pair)
+          cut_pair(step * split::kDepth + 2 * pair, tokens,
+                   [&](int64_t token) __attribute__((always_inline)) { return load(grads(token, v)); }, kept + pair * split::kDepth);
+        split::turn(kept);
+      }
+    // The last pair's second panel: what stood there before must not decide how the pair is multiplied.
+    if ((mine.end - mine.begin) % 2) memset(kept, 0, static_cast<size_t>(steps * split::kStep) * 2);
+  }
+
+  // Four tiles of sums that something infinite or no number has spoilt, as the vector units give them.
+  __attribute__((noinline)) void plain_sums(int64_t vector, int64_t column, int64_t vectors, float* sums) const {
+    for (int tile = 0; tile < 4; ++tile)
+      for (int64_t r = 0; r < split::kSide; ++r, sums += kLanes) {
+        const int64_t v = vector + tile / 2, c = column + tile % 2 * kLanes;
+        Vec sum = zero();
+        for (int64_t token = 0; token < tokens && v < vectors && c < to.columns; ++token)
+          sum = multiply_add(splat(grads(token, v)[r]), load_first(from.columns[token] + c, width(c)), sum);
+        store(sums, sum);
+      }
+  }
+
+  INTERFUSE_INLINE void add(int64_t v, int64_t column, const float* sums) const {
+    const int64_t unit = v / to.gates * kLanes, left = to.units - unit, rows = left < kLanes ? left : kLanes;
+    float* c = to.weight + (v % to.gates * to.units + unit) * to.columns + column;
+    const int wide = width(column);
+    for (int64_t r = 0; r < rows; ++r, c += to.columns, sums += kLanes)
+      store_first(c, first ? load(sums) : load(sums) + load_first(c, wide), wide);
+  }
+
+  void run(Range mine) const {
+    const int64_t steps = split::steps_of(tokens), each = steps * split::kStep * 2;  // bytes of sixteen rows
+    const int64_t most = split::kKept / each / 2 * 2;
+    for (int64_t begin = mine.begin; begin < mine.end; begin += most) {
+      const Range part{begin, begin + most < mine.end ? begin + most : mine.end};
+      const int64_t pairs = (part.end - part.begin + 1) / 2;
+      uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(2 * pairs * each)));
+      cut_grads(part, steps, kept);
+      split::Product product{kept, steps, {0, pairs}, {0, (to.columns + split::kWide - 1) / split::kWide}, nullptr, nullptr};
+      product.streamed = static_cast<uint16_t*>(scratch(Slot::rows, split::kStreamed * 2));
+      product.sums = scratch_floats(Slot::products, product.room_for_sums());
+      split::multiply_all<false>(
+          product,
+          [&](int64_t block, int64_t step, int64_t count, int64_t line, uint16_t* at) __attribute__((always_inline)) {
+            const int64_t column = block * split::kWide + line / split::kSide * split::kSide, pair = line % split::kSide;
+            const int wide = width(column);
+            for (int64_t i = 0; i < count; ++i)
+              cut_pair((step + i) * split::kDepth + 2 * pair, tokens,
+                       [&](int64_t token) __attribute__((always_inline)) { return load_first(from.columns[token] + column, wide); },
+                       at + i * split::kStep);
+          },
+          [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
+            const int64_t v = part.begin + 2 * pair, column = block * split::kWide;
+            float plain[split::kSums];
+            IVec other{};
+            for (int64_t i = 0; i < split::kSums; i += kLanes) split::look(load(sums + i), other);
+            if (split::any(other)) plain_sums(v, column, part.end, plain), sums = plain;
+            for (int tile = 0; tile < 4; ++tile)
+              if (v + tile / 2 < part.end && column + tile % 2 * kLanes < to.columns)
+                add(v + tile / 2, column + tile % 2 * kLanes, sums + tile * split::kSide * kLanes);
+          });
+    }
+  }
+};
+#endif
+
 }  // namespace
 
 void outer_products(const OuterTarget* to, const OuterSource* from, int count, int64_t tokens, Range mine, bool first) {
@@ -114,13 +215,23 @@ void outer_products(const OuterTarget* to, const OuterSource* from, int count, i
   float* packed = scratch_floats(Slot::weight, kOuterTokens * (to[0].gates * kLanes + room));
   float* columns[2] = {packed + kOuterTokens * to[0].gates * kLanes};
   columns[1] = columns[0] + kOuterTokens * padded(to[0].columns);
-  for (int i = 0; i < count; ++i)
-    if (to[i].weight) pack_columns(from[i], tokens, to[i].columns, columns[i]);
+  bool done[2] = {};
+  for (int i = 0; i < count; ++i) {
+    if (!to[i].weight) continue;
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+    if (worth_splitting(to[i], tokens)) {
+      SplitOuter{to[i], from[i], tokens, first}.run({mine.begin * to[i].gates, mine.end * to[i].gates});
+      done[i] = true;
+      continue;
+    }
+#endif
+    pack_columns(from[i], tokens, to[i].columns, columns[i]);
+  }
   for (int64_t block = mine.begin; block < mine.end; ++block)
     for (int i = 0; i < count; ++i) {
       if (i == 0 || from[i].grads != from[i - 1].grads) pack_grads(from[i], tokens, to[i].gates, block, packed);
       if (to[i].bias || to[i].other_bias) add_biases(to[i], packed, tokens, block, first);
-      if (to[i].weight) add_block(to[i], packed, columns[i], tokens, block, first);
+      if (to[i].weight && !done[i]) add_block(to[i], packed, columns[i], tokens, block, first);
     }
 }
 

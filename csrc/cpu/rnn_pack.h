@@ -5,6 +5,7 @@
 #include "cpu/rnn_cells.h"
 #include "cpu/rnn_products.h"
 #include "cpu/rnn_shapes.h"
+#include "cpu/rnn_split.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -99,6 +100,7 @@ class ForwardWeights {
  public:
   struct Of {
     const float *w_ih, *w_hh, *w_hr, *bias;
+    const float *ih_pieces, *hh_pieces;  // null without
   };
 
   INTERFUSE_INLINE explicit ForwardWeights(const Rnn& p) : p_(p) {
@@ -117,7 +119,11 @@ class ForwardWeights {
   }
   INTERFUSE_INLINE Of at(const float* base, int64_t layer, int d) const {
     const float* one = base + (layer ? p_.directions * (size(0) + (layer - 1) * size(1)) + d * size(1) : d * size(0));
-    return {one + w_hh_ + w_hr_ + bias_, one, one + w_hh_, one + w_hh_ + w_hr_};
+    Of of{one + w_hh_ + w_hr_ + bias_, one, one + w_hh_, one + w_hh_ + w_hr_, nullptr, nullptr};
+    if (!p_.pieces) return of;
+    of.hh_pieces = of.w_ih + input().floats(vectors(), p_.layer_input(layer));
+    of.ih_pieces = of.hh_pieces + split_floats(vectors(), p_.output());
+    return of;
   }
 
   // This thread's share of them.
@@ -129,6 +135,10 @@ class ForwardWeights {
         const Range mine = share(vectors(), thread, threads);
         pack_gates(w.w_ih, Cell::kGates, p_.hidden, p_.layer_input(layer), input(), mine, const_cast<float*>(to.w_ih));
         pack_gates(w.w_hh, Cell::kGates, p_.hidden, p_.output(), recurrent(), mine, const_cast<float*>(to.w_hh));
+        if (p_.pieces) {
+          split_weight(input(), vectors(), p_.layer_input(layer), mine, to.w_ih, const_cast<float*>(to.ih_pieces));
+          split_weight(recurrent(), vectors(), p_.output(), mine, to.w_hh, const_cast<float*>(to.hh_pieces));
+        }
         if (p_.projection)
           pack_gates(w.w_hr, 1, p_.projection, p_.hidden, kPlain, share(padded(p_.projection) / kLanes, thread, threads),
                      const_cast<float*>(to.w_hr));
@@ -138,7 +148,9 @@ class ForwardWeights {
 
  private:
   INTERFUSE_INLINE int64_t size(int64_t layer) const {
-    return w_hh_ + w_hr_ + bias_ + input().floats(vectors(), p_.layer_input(layer));
+    const int64_t floats = w_hh_ + w_hr_ + bias_ + input().floats(vectors(), p_.layer_input(layer));
+    if (!p_.pieces) return floats;
+    return floats + split_floats(vectors(), p_.output()) + split_floats(vectors(), p_.layer_input(layer));
   }
   const Rnn& p_;
   int64_t w_hh_, w_hr_, bias_;

@@ -44,8 +44,7 @@ struct Shapes {
 // The registers' shapes, for as long as it lives: a thread that is switched away saves and restores 8 KiB meanwhile.
 class Tiles {
  public:
-  INTERFUSE_INLINE Tiles() {
-    const Shapes shapes;
+  INTERFUSE_INLINE explicit Tiles(const Shapes& shapes = {}) {
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
   INTERFUSE_INLINE ~Tiles() { asm volatile("tilerelease" ::); }
@@ -152,6 +151,43 @@ INTERFUSE_INLINE void multiply(const uint16_t* a, int64_t a_panel, const uint16_
   clear_sums();
   for (int64_t s = 0; s < steps; ++s, a += kStep, b += kStep) multiply_step(a, a_panel, b, b_panel, work);
   store_sums(sums);
+}
+
+// sums[i] = the panel a, of at most sixteen lines, times the panel b[i] from its step `first` on: four of them. work() is
+// called three times a step.
+template <class Work>
+INTERFUSE_INLINE void multiply_few(const uint16_t* a, const uint16_t* const* b, int64_t first, int64_t steps, float* sums,
+                                   Work&& work) {
+#define INTERFUSE_LOAD(tile, from) asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)))
+#define INTERFUSE_ADD(piece, sum) "tdpbf16ps %%tmm7, %%tmm" #piece ", %%tmm" #sum "\n\t"
+#define INTERFUSE_FOUR(piece, ADDED)                                             \
+  INTERFUSE_LOAD(7, b[0] + at + (piece) * kTile); asm volatile(ADDED(0) ::);     \
+  INTERFUSE_LOAD(7, b[1] + at + (piece) * kTile); asm volatile(ADDED(1) ::);     \
+  INTERFUSE_LOAD(7, b[2] + at + (piece) * kTile); asm volatile(ADDED(2) ::);     \
+  INTERFUSE_LOAD(7, b[3] + at + (piece) * kTile); asm volatile(ADDED(3) ::)
+#define INTERFUSE_LOW(sum) INTERFUSE_ADD(4, sum)
+#define INTERFUSE_MIDDLE(sum) INTERFUSE_ADD(5, sum) INTERFUSE_ADD(4, sum)
+#define INTERFUSE_HIGH(sum) INTERFUSE_ADD(6, sum) INTERFUSE_ADD(5, sum) INTERFUSE_ADD(4, sum)
+  clear_sums();
+  for (int64_t s = 0; s < steps; ++s, a += kStep) {
+    const int64_t at = (first + s) * kStep;
+    INTERFUSE_LOAD(4, a);
+    INTERFUSE_LOAD(5, a + kTile);
+    INTERFUSE_LOAD(6, a + 2 * kTile);
+    INTERFUSE_FOUR(2, INTERFUSE_LOW);
+    work();
+    INTERFUSE_FOUR(1, INTERFUSE_MIDDLE);
+    work();
+    INTERFUSE_FOUR(0, INTERFUSE_HIGH);
+    work();
+  }
+  store_sums(sums);
+#undef INTERFUSE_LOAD
+#undef INTERFUSE_ADD
+#undef INTERFUSE_FOUR
+#undef INTERFUSE_LOW
+#undef INTERFUSE_MIDDLE
+#undef INTERFUSE_HIGH
 }
 
 struct Product {

@@ -27,9 +27,11 @@ const Problem kCommon[] = {
     {"one of everything", 0, 2, 1, 1, 1, 0, 1, 1, 1, {}},
     {"wide, for several threads", 0, 3, 6, 40, 150, 0, 1, 1, 1, {6, 2, 5}},
     {"many sequences, without bias", 0, 37, 5, 12, 20, 0, 2, 1, 0, {}},
+    {"matrix tiles and their tails", 0, 30, 9, 40, 45, 0, 2, 1, 1, {}},
 };
 const Problem kOthers[] = {
     {"projection", INTERFUSE_LSTM, 4, 7, 9, 24, 5, 2, 2, 1, {7, 3, 0, 6}},
+    {"projection, many sequences", INTERFUSE_LSTM, 30, 9, 20, 45, 17, 2, 2, 1, {}},
     {"projection, wide", INTERFUSE_LSTM, 1, 6, 10, 70, 33, 1, 1, 0, {}},
     {"long", INTERFUSE_GRU, 2, 120, 3, 18, 0, 1, 1, 1, {120, 77}},
     {"three layers, two directions", INTERFUSE_LSTM, 6, 5, 4, 10, 0, 3, 2, 1, {5, 4, 4, 2, 1, 1}},
