@@ -5,8 +5,11 @@ import torch  # noqa: F401  (first: its OpenMP runtime is the one that the nativ
 from interfuse import data, models, nn, ops, train
 from interfuse.numerics import get_precision, precision, set_precision
 from interfuse.optimize import explain, optimize, restore
+from interfuse.torch_state import offer_backend
 
 __version__ = "0.1.0"
+
+offer_backend("interfuse", "interfuse.rewrite.graph:backend")  # torch.compile(model, backend="interfuse")
 
 __all__ = [
     "__version__",

@@ -7,12 +7,14 @@ functions ask its thread-local state piece by piece.
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import disallow_in_graph
+from torch._dynamo.backends.registry import _BACKENDS
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
@@ -50,6 +52,7 @@ __all__ = [
     "is_untouched",
     "is_watched_globally",
     "let_compile_see_recurrent_modules",
+    "offer_backend",
     "redispatch_below_autograd",
 ]
 
@@ -158,6 +161,12 @@ def let_compile_see_recurrent_modules() -> None:
         dynamo_config.allow_rnn = True
         for name in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
             disallow_in_graph(getattr(torch._VF, name))
+
+
+def offer_backend(name: str, place: str) -> None:
+    """A backend for torch.compile by name, loaded when it is first asked for. Installed packages are found by
+    their entry points, but only once something else has been looked up in vain."""
+    _BACKENDS.setdefault(name, EntryPoint(name=name, value=place, group="torch_dynamo_backends"))
 
 
 def is_autocast_active() -> bool:

@@ -8,5 +8,6 @@ One file per op says what its chains look like; the others are the mechanism:
   and nothing else, which objects do they call;
 - known.py reads what torch's own modules and functions compute;
 - site.py is the call that stands where the chain stood, bound.py the methods that hold sites;
-- measure.py verifies and times sites in the running model, report.py is what explain() returns.
+- measure.py verifies and times sites in the running model, report.py is what explain() returns;
+- graph.py does the like for graphs of Dynamo's, as a backend of torch.compile.
 """

@@ -134,7 +134,7 @@ class ConvPool:
         bias = parameters.get("bias")
         if weight is None or (bias is None and "bias" not in parameters):
             weight, bias = conv.weight, conv.bias  # plain attributes, as FSDP leaves them
-        if not _fits(value, weight, bias, conv.groups, spatial):
+        if not fits(value, weight, bias, conv.groups, spatial):
             return None
         settings = {
             "stride": conv.stride,
@@ -208,7 +208,7 @@ class ConvPool:
         return None if chosen.name == "reference" else chosen.name, why_not
 
 
-def _fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:
+def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:
     """Whether the op computes this. What it does not, the modules themselves compute, or say what is
     wrong."""
     if type(weight) not in PLAIN_TENSORS or (bias is not None and type(bias) not in PLAIN_TENSORS):

@@ -93,7 +93,7 @@ class Linear:
                 return None
             settings = {"activation": found.name, "negative_slope": found.slope}
         weight, bias = current_parameters(module, ["weight", "bias"])
-        return Call((value, weight, bias), settings) if _fits(value, weight, bias) else None
+        return Call((value, weight, bias), settings) if fits(value, weight, bias) else None
 
     def run(self, call: Call) -> Tensor:
         return linear(*call.tensors, **call.settings)
@@ -129,7 +129,7 @@ def _reads_as_activation(callee: Any, link: StaticLink) -> bool:
         return False
 
 
-def _fits(value: Any, weight: Any, bias: Any) -> bool:
+def fits(value: Any, weight: Any, bias: Any) -> bool:
     """Whether the op computes this. What it does not, the modules themselves compute or refuse."""
     parameters = (weight,) if bias is None else (weight, bias)
     if any(type(t) not in PLAIN_TENSORS for t in (value, *parameters)):
