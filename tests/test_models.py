@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import interfuse
 from interfuse import models
 
 if TYPE_CHECKING:
+    import pathlib
     from collections.abc import Callable
 
 CHANNELS = (4, 6, 8)
@@ -173,6 +175,26 @@ def test_optimize_makes_the_twin_as_fused_as_the_model() -> None:
     twin = interfuse.optimize(ENTRIES["image_text_fusion"].make("torch"))
     fused = {row.site for row in interfuse.explain(twin).rows if row.fused}
     assert {"encoders.0.blocks.0.0", "encoders.0.blocks.2.0", "encoders.1.recurrent.rnn"} <= fused
+
+
+def test_optimised_models_are_saved_loaded_and_run_under_autocast(tmp_path: pathlib.Path) -> None:
+    entry = ENTRIES["image_text_fusion"]
+    plain, inputs = entry.make("torch").eval(), entry.inputs()
+    model = interfuse.optimize(copy.deepcopy(plain))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert len(interfuse.explain(again).fused) == len(interfuse.explain(model).fused) == 4
+    with torch.no_grad():
+        assert torch.equal(again(*inputs), model(*inputs))
+        assert error(model(*inputs), plain(*inputs)) < MODEL
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = model(*inputs), plain(*inputs)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    # Either rounds what a dozen layers hand on, each time by up to 2^-8, in places of its own.
+    assert error(ours.float(), theirs.float()) < 6 * 2.0**-8
 
 
 @pytest.mark.parametrize("name", ["rnn", "lstm", "three", "hierarchical", "transformer"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -459,13 +457,6 @@ def test_a_sequence_classifier_learns() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
-
-
-def test_the_documents_examples_run() -> None:
-    text = (Path(__file__).parent.parent / "docs/rnn.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
-    exec("\n".join(examples), {})
 
 
 def test_oracle_of_lengths() -> None:

@@ -1,0 +1,101 @@
+"""Every Python snippet of README.md and docs/ runs, and README's figures are those of the measured files."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+# Whose tests also look at what their snippets leave behind.
+TESTED_WITH_ITS_SUBJECT = {"models.md": "test_models_learn.py", "optimize.md": "test_optimize.py"}
+WITH_SNIPPETS = [page for page in PAGES if PYTHON.search(page.read_text(encoding="utf-8"))]
+
+ROWS = {  # case: how README names it
+    "first-224": "conv 3 -> 64, 224 x 224, batch 1",
+    "second-111": "conv 32 -> 64, 111 x 111, batch 8",
+    "third-54": "conv 64 -> 128, 54 x 54, batch 8",
+    "conv3d-55": "conv3d 32 -> 64, 10 x 55 x 55, batch 2",
+    "text-b1": "embedding 64, LSTM 128 twice, 64 steps, batch 1",
+    "text-b32": "the same, batch 32",
+    "audio-b16": "LSTM 40 -> 128 twice, 100 steps, batch 16",
+    "wide-512": "LSTM 512 -> 512, 100 steps, batch 1",
+    "ragged-b32": "LSTM 40 -> 128 twice, up to 100 steps, batch 32",
+}
+
+
+def snippets(page: Path) -> list[str]:
+    return PYTHON.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in WITH_SNIPPETS if p.name not in TESTED_WITH_ITS_SUBJECT], ids=lambda page: page.name
+)
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "snippets.py"  # a file, because optimize() reads the source of what it is given
+    script.write_text("\n".join(snippets(page)), encoding="utf-8")
+    runpy.run_path(str(script))
+
+
+def test_the_other_pages_are_run_elsewhere() -> None:
+    for page, test in TESTED_WITH_ITS_SUBJECT.items():
+        assert Path(page).stem in (ROOT / "tests" / test).read_text(encoding="utf-8")
+        assert snippets(ROOT / "docs" / page)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
+
+
+def figures(row: dict[str, Any]) -> str:
+    """A line of README's table. Every provider counts at its better malloc, interfuse at the default one."""
+    inference, training = row["inference"], row["training"]
+    eager = min(heap["median"] for heap in inference["times"]["eager"].values())
+    ours = inference["times"]["interfuse"]["default"]["median"]
+    cells = [
+        ROWS[row["case"]],
+        milliseconds(ours),
+        milliseconds(eager),
+        f"{milliseconds(inference['best_peer']['median'])} ({inference['best_peer']['provider']})",
+        f"{inference['best_peer']['median'] / ours:.2f}",
+        f"{training['best_peer']['median'] / training['times']['interfuse']['default']['median']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set()
+    for name in ("conv_pool_cpu", "rnn_cpu"):
+        result = json.loads((ROOT / f"bench/results/{name}.json").read_text(encoding="utf-8"))
+        assert f"bench/results/{name}.json" in readme
+        assert result["machine"]["cores"] == result["settings"]["threads"] == 2
+        for version in ("torch", "onnxruntime", "openvino"):
+            assert result["versions"][version] in readme
+        for row in result["rows"]:
+            if row["case"] in ROWS:
+                named.add(row["case"])
+                assert figures(row) in readme
+    assert named == set(ROWS)
+
+
+def test_every_page_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme]
+    assert not missing
+
+
+def test_pages_name_files_that_exist() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(
+            r"\b(?:docs|bench|tests|examples|csrc|kernels)/[\w/]+\.(?:md|py|json|h|c|cpp|cu)\b", text
+        ):
+            assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"
