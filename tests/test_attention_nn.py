@@ -303,6 +303,28 @@ def test_the_whole_step_of_autograd_is_what_the_op_and_products_give(
     assert close(found[1], found[0])
 
 
+@pytest.mark.parametrize("lengths", [None, (90, 20)], ids=["whole", "padded"])
+def test_the_whole_steps_error_is_at_most_twice_torchs(lengths: tuple[int, ...] | None) -> None:
+    """With rows enough for the matrix units in every product."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(96, 3, batch_first=True)
+    nn.init.normal_(theirs.in_proj_bias)
+    x, c, grad = torch.randn(2, 70, 96), torch.randn(2, 90, 96), torch.randn(2, 70, 96)
+    padding = None if lengths is None else torch.arange(90) >= torch.tensor(lengths)[:, None]
+
+    def results(module: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), c.clone())]
+        y = module(leaves[0], leaves[1], leaves[1], padding, need_weights=False)[0]
+        grads = torch.autograd.grad(y, [*leaves, *module.parameters()], grad.to(dtype))
+        return [y, *grads]
+
+    ours = results(MultiheadAttention.from_torch(theirs), torch.float32)
+    plain = results(theirs, torch.float32)
+    truth = results(copy.deepcopy(theirs).double(), torch.float64)
+    for a, b, exact in zip(ours, plain, truth, strict=True):
+        assert tolerance.error(a, exact) <= tolerance.TIMES_TORCH * tolerance.error(b, exact)
+
+
 def test_the_whole_step_takes_one_tensor_for_all_and_can_be_differentiated_twice() -> None:
     theirs, ours = pair({"batch_first": True})
     found = []

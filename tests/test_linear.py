@@ -85,6 +85,20 @@ def test_error_is_at_most_twice_torchs(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("rows", [3, 97])
+def test_what_is_not_finite_passes_to_the_gradients_as_in_torch(rows: int, value: float) -> None:
+    inputs, weight, _ = oracle.tensors(Case("not finite", (rows,), (40, 33), (50,), ("none",)))
+    grad_y = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1))
+    inputs[1][2, 5], weight[7, 9], grad_y[1, 3] = value, value, value
+    leaves = [t.requires_grad_() for t in (*inputs, weight)]
+    ours = torch.autograd.grad(linear(inputs, weight), leaves, grad_y)
+    theirs = torch.autograd.grad(torch.cat(inputs, -1) @ weight.t(), leaves, grad_y)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a[b.isinf()], b[b.isinf()])
+
+
 def test_masks_ask_for_some_gradients_alone() -> None:
     case = Case("mask", (9,), (20, 5), (12,), ("gelu",))
     tensors = oracle.tensors(case)

@@ -4,9 +4,11 @@
 //
 // Both run along the weight's columns, and each thread takes some of these for both; with few columns, some of the rows.
 #include "cpu/linear_product.h"
+#include "common/matrix_units.h"
 #include "common/scratch.h"
 #include "common/transpose.h"
 #include "cpu/linear.h"
+#include "cpu/split_matrices.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -20,6 +22,7 @@ constexpr int64_t kRowsAtOnce = 192;
 // Fewer rows than this read b too seldom to pay for packing it. Plain rows of b that are a power of two apart fall into
 // a few sets of the first-level cache and drive each other out.
 constexpr int64_t kRowsWorthAPack = 24;
+constexpr int64_t kBiasRows = 64;
 
 // c (rows, columns) = or += a b; a(r, k) at a[r * a_row + k * a_step], b and c rows of plain matrices.
 void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
@@ -51,8 +54,14 @@ void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a,
   for (int64_t r = 0; r < rows; ++r) store_first(c + r * c_row, load(sums + r * kLanes), left);
 }
 
-void product(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step, const float* b,
-             int64_t b_row, float* c, int64_t c_row) {
+// c = a b; `split`: on the matrix units.
+void product(bool split, int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
+             const float* b, int64_t b_row, float* c, int64_t c_row) {
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  if (split && multiply_matrices(rows, depth, columns, a, a_row, b, b_row, c, c_row)) return;
+#else
+  (void)split;
+#endif
   for (int64_t column = 0; column < columns; column += kColumnsAtOnce) {
     const int64_t wide = columns - column < kColumnsAtOnce ? columns - column : kColumnsAtOnce;
     for (int64_t k = 0; k < depth; k += kDepthAtOnce) {
@@ -88,7 +97,18 @@ INTERFUSE_INLINE void each_input(const Linear& p, int64_t begin, int64_t end, Bo
   }
 }
 
+// With fewer rows, cutting the factors into pieces takes longer than the matrix units save. The same for all threads:
+// their number must not change a result.
+bool worth_splitting([[maybe_unused]] const Linear& p) {
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  return p.rows >= 64 && p.outputs >= split::kDepth && p.depth >= split::kDepth && matrix_units();
+#else
+  return false;
+#endif
+}
+
 void gradients(const Linear& p, const Floats& t, int thread, int team) {
+  const bool split = worth_splitting(p);
   const int64_t units = (p.depth + kPanel - 1) / kPanel;
   const bool by_columns = units >= 4 * team;
   Range columns{0, p.depth}, rows{0, p.rows}, outputs{0, p.outputs};
@@ -102,21 +122,28 @@ void gradients(const Linear& p, const Floats& t, int thread, int team) {
   each_input(p, columns.begin, columns.end, [&](int64_t i, int64_t offset, int64_t column, int64_t count) {
     if (float* const to = t.grad_inputs[i]) {
       const int64_t width = p.inputs[i].width;
-      product(rows.end - rows.begin, p.outputs, count, t.grad + rows.begin * p.outputs, p.outputs, 1, t.weight + column,
-                      p.depth, to + rows.begin * width + offset, width);
+      product(split, rows.end - rows.begin, p.outputs, count, t.grad + rows.begin * p.outputs, p.outputs, 1,
+              t.weight + column, p.depth, to + rows.begin * width + offset, width);
     }
     if (t.grad_weight)
-      product(outputs.end - outputs.begin, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1,
-                      t.inputs[i] + offset, t.input_rows[i], t.grad_weight + outputs.begin * p.depth + column, p.depth);
+      product(split, outputs.end - outputs.begin, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1,
+              t.inputs[i] + offset, t.input_rows[i], t.grad_weight + outputs.begin * p.depth + column, p.depth);
   });
   if (!t.grad_bias) return;
   const Range mine = share(p.outputs, thread, team);
   const int64_t count = mine.end - mine.begin;
   float* const bias = t.grad_bias + mine.begin;
-  for (int64_t n = 0; n < count; ++n) bias[n] = 0;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const float* grad = t.grad + r * p.outputs + mine.begin;
-    along_row(count, [&](auto&& read, auto&& write) __attribute__((always_inline)) { write(bias, read(bias) + read(grad)); });
+  // Some rows at a time: rounding grows with the length of a chain of sums.
+  float* const some = scratch_floats(Slot::rows, count);
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  memset(bias, 0, bytes);
+  for (int64_t first = 0; first < p.rows; first += kBiasRows) {
+    memset(some, 0, bytes);
+    for (int64_t r = first; r < p.rows && r < first + kBiasRows; ++r) {
+      const float* grad = t.grad + r * p.outputs + mine.begin;
+      along_row(count, [&](auto&& read, auto&& write) __attribute__((always_inline)) { write(some, read(some) + read(grad)); });
+    }
+    along_row(count, [&](auto&& read, auto&& write) __attribute__((always_inline)) { write(bias, read(bias) + read(some)); });
   }
 }
 
@@ -168,8 +195,8 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   int64_t floats = 2 * count;
   if (half) floats += 2 * count + 2 * p.rows * p.depth + 2 * weights + p.outputs;
   float* room = scratch_floats(Slot::gradient, floats);
-  float* const grad = room;
-  float* const turned = grad + count;
+  float* const made = room;
+  float* const turned = made + count;
   room = turned + count;
   const size_t each = static_cast<size_t>(p.input_count) * 8;
   char* const lists = static_cast<char*>(scratch(Slot::other, 3 * each));
@@ -177,7 +204,7 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   float** const grad_inputs = reinterpret_cast<float**>(lists + each);
   int64_t* const input_rows = reinterpret_cast<int64_t*>(lists + 2 * each);
 
-  Floats t{grad, turned, static_cast<const float*>(call.weight), inputs, input_rows, grad_inputs,
+  Floats t{nullptr, turned, static_cast<const float*>(call.weight), inputs, input_rows, grad_inputs,
            static_cast<float*>(call.grad_weight), static_cast<float*>(call.grad_bias)};
   const float *grad_y = static_cast<const float*>(call.grad_y), *from = static_cast<const float*>(saved);
   for (int64_t i = 0; i < p.input_count; ++i) {
@@ -200,15 +227,16 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
     if (t.grad_bias) t.grad_bias = room, room += p.outputs;
   }
 
+  t.grad = active ? made : grad_y;
   const Activation f{p.activation, p.slope};
   const int threads = worth_threads(2 * count * p.depth, call.threads);
   parallel(threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
     const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);
     const Range rows{blocks.begin * kLanes, blocks.end * kLanes < p.rows ? blocks.end * kLanes : p.rows};
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      grad_row(f, grad_y + r * p.outputs, active ? from + r * p.outputs : nullptr, grad + r * p.outputs, p.outputs);
-    if (t.grad_weight) turn(grad, turned, p.rows, p.outputs, rows);
+    for (int64_t r = rows.begin; active && r < rows.end; ++r)
+      grad_row(f, grad_y + r * p.outputs, from + r * p.outputs, made + r * p.outputs, p.outputs);
+    if (t.grad_weight) turn(t.grad, turned, p.rows, p.outputs, rows);
   });
   parallel(threads, [&](int thread, int team) { gradients(p, t, thread, team); });
 

@@ -6,6 +6,8 @@ as fast.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ _LEAST_ROWS = 128  # with fewer the core uses the vector units too
 _descs: BoundedCache[_native.LinearDesc] = BoundedCache(256)
 
 
-def _desc(x: Tensor, outputs: int) -> _native.LinearDesc:
-    key = (x.shape, x.stride(0), outputs)
+def _desc(x: Tensor, outputs: int, save: bool) -> _native.LinearDesc:
+    key = (x.shape, x.stride(0), outputs, save)
     found = _descs.get(key)
     if found is not None:
         return found
@@ -34,7 +36,7 @@ def _desc(x: Tensor, outputs: int) -> _native.LinearDesc:
             row_strides=[x.stride(0)],
             activation="none",
             negative_slope=0.0,
-            save=False,
+            save=save,
         ),
     )
 
@@ -44,7 +46,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
     readable = x.stride(1) == 1 and weight.is_contiguous() and (bias is None or bias.is_contiguous())
     if _MATRIX_UNITS and x.shape[0] >= _LEAST_ROWS and readable:
         _native.linear_forward(
-            _desc(x, weight.shape[0]),
+            _desc(x, weight.shape[0], False),
             [x.data_ptr()],
             weight.data_ptr(),
             0,
@@ -59,9 +61,34 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x weight, of float32; out is dense."""
-    if _MATRIX_UNITS and x.shape[0] >= _LEAST_ROWS:
-        project(x, weight.t().contiguous(), None, out)
-    else:
-        torch.mm(x, weight, out=out)
+class Gradients(NamedTuple):
+    """Where those of a projection are written; None: nobody asks."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, to: Gradients) -> None:
+    """Of x weight^T + bias, whose gradient is dense; so are the tensors in `to`."""
+    readable = x.stride(1) == 1 and weight.is_contiguous()
+    if _MATRIX_UNITS and x.shape[0] >= _LEAST_ROWS and readable:
+        _native.linear_backward(
+            _desc(x, weight.shape[0], True),
+            grad.data_ptr(),
+            [x.data_ptr()],
+            weight.data_ptr(),
+            0,
+            0,
+            [0 if to.x is None else to.x.data_ptr()],
+            0 if to.weight is None else to.weight.data_ptr(),
+            0 if to.bias is None else to.bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return
+    if to.x is not None:
+        torch.mm(grad, weight, out=to.x)
+    if to.weight is not None:
+        torch.mm(grad.t(), x, out=to.weight)
+    if to.bias is not None:
+        torch.sum(grad, 0, out=to.bias)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interfuse.nn._attention_products import product, project
+from interfuse.nn._attention_products import Gradients, gradients, project
 from interfuse.ops import _attention_native as native
 from interfuse.ops._attention_checks import Inputs, op_problem
 from interfuse.ops._attention_problem import AttentionParams
@@ -202,46 +202,54 @@ def _backward(
     tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool], q: Tensor, kv: Tensor,
     y: Tensor, lse: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
-    query, context, in_proj, in_bias, out_proj, _ = tensors[:6]
+    query, context, in_proj, _, out_proj, _ = tensors[:6]
     width, batch = query.shape[-1], query.shape[0 if setting.batch_first else 1]
     x, c, g = _rows(query), _rows(context), _rows(grad).contiguous()
-    found: list[Tensor | None] = [None] * 6
-    if wanted[4]:
-        found[4] = g.t().mm(y)
-    if wanted[5]:
-        found[5] = g.sum(0)
-    if not any(wanted[:4]):
-        return found
+    found = [
+        torch.empty(t.shape) if yes and t is not None else None
+        for t, yes in zip(tensors[:6], wanted, strict=True)
+    ]
+    grad_query, grad_context, grad_in, grad_in_bias, grad_out, grad_out_bias = found
+    inner = any(wanted[:4])
     grad_y, grad_q, grad_kv = _kept_memory(y.shape, q.shape, kv.shape)  # type: ignore[arg-type]
-    product(g, out_proj, grad_y)
+    gradients(g, y, out_proj, Gradients(grad_y if inner else None, grad_out, grad_out_bias))
+    if not inner:
+        return found
     views = _views(q, kv, batch, setting)
     problem = _problem(views, tensors, setting, True)
     heads = [_heads(t, batch, setting, 1)[0] for t in (grad_y, y)]
     grads = _views(grad_q, grad_kv, batch, setting)
     native.backward_into(problem, heads[0], *views, tensors.mask, None, tensors.lengths, heads[1], lse, grads)
-    real = _real(tensors, setting) or [slice(None)]
-    whole = real == [slice(None)]
-    if wanted[0]:
-        grad_query = torch.empty(x.shape)
-        product(grad_q, in_proj[:width], grad_query)
-        found[0] = grad_query.view_as(query)
-    if wanted[1]:
-        into = torch.empty(c.shape) if whole else torch.zeros(c.shape)
-        for rows in real:
-            product(grad_kv[rows], in_proj[width:], into[rows])
-        found[1] = into.view_as(context)
-    if wanted[2]:
-        weight = torch.empty_like(in_proj)
-        torch.mm(grad_q.t(), x, out=weight[:width])
-        for i, rows in enumerate(real):
-            torch.addmm(weight[width:], grad_kv[rows].t(), c[rows], beta=min(i, 1), out=weight[width:])
-        found[2] = weight
-    if wanted[3] and in_bias is not None:
-        bias = torch.empty_like(in_bias)
-        torch.sum(grad_q, 0, out=bias[:width])
-        torch.sum(grad_kv, 0, out=bias[width:])  # the kernel writes zeros where the context is padding
-        found[3] = bias
+    parts = [None if t is None else (t[:width], t[width:]) for t in (grad_in, grad_in_bias)]
+    for_q, for_kv = ([None if t is None else t[i] for t in parts] for i in range(2))
+    gradients(grad_q, x, in_proj[:width], Gradients(_rows_of(grad_query), *for_q))
+    _context_gradients(
+        grad_kv, c, in_proj[width:], _real(tensors, setting), Gradients(_rows_of(grad_context), *for_kv)
+    )
     return found
+
+
+def _rows_of(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.view(-1, t.shape[-1])
+
+
+def _context_gradients(
+    grad: Tensor, context: Tensor, weight: Tensor, real: list[slice] | None, to: Gradients
+) -> None:
+    if real is None:
+        gradients(grad, context, weight, to)
+        return
+    if to.x is not None:
+        to.x.zero_()
+    for rows in real:
+        gradients(
+            grad[rows], context[rows], weight, Gradients(None if to.x is None else to.x[rows], None, None)
+        )
+    if to.weight is not None:
+        for i, rows in enumerate(real):
+            torch.addmm(to.weight, grad[rows].t(), context[rows], beta=min(i, 1), out=to.weight)
+    if to.bias is not None:
+        torch.sum(grad, 0, out=to.bias)  # the kernel writes zeros where the context is padding
 
 
 def _leaf(t: Tensor) -> Tensor:
@@ -250,9 +258,7 @@ def _leaf(t: Tensor) -> Tensor:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-def _by_ops(
-    tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool]
-) -> list[Tensor | None]:
+def _by_ops(tensors: Tensors, setting: Setting, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
     """The same gradients by ops that have derivatives and transforms of their own."""
     create = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -1,0 +1,72 @@
+#include "cpu/split_matrices.h"
+
+#include "common/scratch.h"
+
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+namespace {
+
+using split::kDepth;
+using split::kSide;
+using split::kStep;
+using split::kWide;
+
+// Rows of a that are kept in pieces; b is cut once for all of them.
+constexpr int64_t kRowsAtOnce = 256;
+
+void cut_rows(const float* a, int64_t a_row, int64_t rows, int64_t depth, uint16_t* to) {
+  const int64_t steps = split::steps_of(depth);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t step = 0; step < steps; ++step) {
+      const float* const from = a + r * a_row + step * kDepth;
+      const int64_t left = depth - step * kDepth;
+      split::cut_along(split::load_up_to(from, left), left > kLanes ? split::load_up_to(from + kLanes, left - kLanes) : zero(),
+                       to + (r / kSide * steps + step) * kStep + r % kSide * kDepth);
+    }
+}
+
+}  // namespace
+
+bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                       float* c, int64_t c_row) {
+  const int64_t steps = split::steps_of(depth);
+  IVec other{};
+  for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
+    const int64_t high = split::least(rows - begin, kRowsAtOnce), panels = split::panels_of(high);
+    uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * kStep) * 2));
+    cut_rows(a + begin * a_row, a_row, high, depth, kept);
+    split::Product product{kept, steps, {0, panels / 2}, {0, (columns + kWide - 1) / kWide}, nullptr, nullptr};
+    product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
+    product.sums = scratch_floats(Slot::products, product.room_for_sums());
+    split::multiply_all<false>(
+        product,
+        [&](int64_t block, int64_t step, int64_t count, int64_t line, uint16_t* to) __attribute__((always_inline)) {
+          const int64_t column = block * kWide + line / kSide * kSide, left = columns - column;
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t k = (step + i) * kDepth + line % kSide * 2;
+            const float* const from = b + k * b_row + column;
+            split::cut_across(k < depth ? split::load_up_to(from, left) : zero(),
+                              k + 1 < depth ? split::load_up_to(from + b_row, left) : zero(), to + i * kStep);
+          }
+        },
+        [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
+          for (int tile = 0; tile < 4; ++tile, sums += kSide * kSide) {
+            const int64_t column = block * kWide + tile % 2 * kSide, row = pair * kWide + tile / 2 * kSide;
+            const int count = static_cast<int>(split::least(columns - column, kSide));
+            for (int64_t r = 0; count > 0 && r < split::least(high - row, kSide); ++r) {
+              const Vec line = load(sums + r * kSide);
+              split::look(line, other);
+              store_first(c + (begin + row + r) * c_row + column, line, count);
+            }
+          }
+        });
+  }
+  return !split::any(other);
+}
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse
+
+#endif

@@ -1,0 +1,19 @@
+// A product of two plain matrices on the matrix units. Per-ISA (see simd.h).
+#pragma once
+
+#include "cpu/split_product.h"
+
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+
+namespace interfuse {
+namespace INTERFUSE_ISA {
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), of rows so many floats apart; false where not all of it is
+// finite, and then c has to be computed in another way. Uses the slots tiles, weight and products.
+bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                       float* c, int64_t c_row);
+
+}  // namespace INTERFUSE_ISA
+}  // namespace interfuse
+
+#endif
