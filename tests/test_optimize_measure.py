@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import interfuse
 from interfuse.rewrite import measure
+from interfuse.rewrite.bound import RewrittenMethod
 from interfuse.rewrite.conv_pool import ConvPool
 
 if TYPE_CHECKING:
@@ -172,6 +173,62 @@ def test_the_model_as_a_whole_decides_last(clock: Times) -> None:
     assert not row.fused
     assert "as a whole is not faster with the fused sites (1.1e+03 ms against 1e+03 ms)" in row.reason
     assert "forward" not in model.__dict__
+
+
+def test_a_training_step_as_a_whole_decides_over_training(clock: Times) -> None:
+    clock[:] = [(2.0, 1.0), (2.0, 1.0), (1.0, 0.9), (1.0, 1.1)]
+    model = interfuse.optimize(block(), X)
+    (row,) = interfuse.explain(model).rows
+    assert row.fused
+    assert row.reason == "in inference only"
+    clock[:] = [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (1.0, 1.1)]
+    interfuse.optimize(model, X)
+    (row,) = interfuse.explain(model).rows
+    assert not row.fused
+    assert "as a whole is not faster in training with the fused sites (1.1e+03 ms" in row.reason
+    assert "forward" not in model.__dict__
+
+
+def test_a_model_that_has_no_backward_is_still_optimised(clock: Times) -> None:
+    class Overwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.exp(self.block(x))
+            kept = y * y
+            y.zero_()
+            return kept
+
+    model = Overwritten()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(X).sum().backward()
+    interfuse.optimize(model, X)
+    assert rows(model)["block.0"].fused
+
+
+def test_the_whole_model_is_timed_without_the_time_of_rewriting_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods are compiled once before, however often they are put on and taken off."""
+    builds: list[str] = []
+    build = RewrittenMethod._build
+
+    def counted(method: RewrittenMethod) -> None:
+        builds.append(method.method)
+        build(method)
+
+    def in_turns(plain: Callable[[], object], fused: Callable[[], object], *rest: Any) -> tuple[float, float]:
+        for _ in range(3):
+            plain()
+            fused()
+        return 2.0, 1.0
+
+    monkeypatch.setattr(RewrittenMethod, "_build", counted)
+    monkeypatch.setattr(measure, "in_turns", in_turns)
+    model, inputs = ZOO["functional"].build()
+    interfuse.optimize(model, inputs)
+    assert len(interfuse.explain(model).fused) == 4
+    assert len(builds) == 3  # to try the sites, for the whole model, and for what is kept
 
 
 class Inputs(nn.Module):

@@ -20,7 +20,7 @@ from interfuse.rewrite.bound import (
 from interfuse.rewrite.conv_pool import ConvPool
 from interfuse.rewrite.linear import Linear
 from interfuse.rewrite.losses import Losses
-from interfuse.rewrite.measure import Examples, Outcome, try_sites, whole_model
+from interfuse.rewrite.measure import Examples, Outcome, WholeModel, try_sites
 from interfuse.rewrite.plan import Candidate, Plan, make_plan
 from interfuse.rewrite.report import Explanation, Row
 from interfuse.rewrite.rnn import Rnn
@@ -120,19 +120,19 @@ def _measured(
             for method in methods:
                 method.unbind()
 
-        reason = whole_model(
-            model,
-            examples,
-            put,
-            take,
-            next(iter(paying.values())).weight_dtype,
-            seconds / 2,
-        )
-        put()
-        if reason is not None:
-            take()
-            for identity in paying:
-                report[identity].refusal = reason
+        whole = WholeModel(model, examples, put, take)
+        reason = whole.differs(next(iter(paying.values())).weight_dtype) or whole.slower(seconds / 4)
+        kept = {} if reason else paying
+        if any(site.training for site in kept.values()):
+            reason = whole.slower_training(seconds / 4)
+            if reason is not None:
+                for site in paying.values():
+                    site.training = False
+                kept = {identity: site for identity, site in paying.items() if site.inference}
+        take()
+        _bind(plan, kept)
+        for identity in paying.keys() - kept.keys():
+            report[identity].refusal = reason
     return report
 
 

@@ -286,37 +286,62 @@ def _faster(times: tuple[float, float] | None) -> bool:
     return times is not None and times[1] < FASTER * times[0]
 
 
-def whole_model(
-    model: nn.Module,
-    examples: Examples,
-    put: Callable[[], None],
-    take: Callable[[], None],
-    weight_dtype: torch.dtype | None,
-    seconds: float,
-) -> str | None:
-    """Compares the model with what was put on it and without: the reason to take it off again, or None."""
-    tensors = [t for t in tree_leaves((examples.args, dict(examples.kwargs))) if isinstance(t, Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+class WholeModel:
+    """A model as it is and with what is put on it: are the answers the same, and which is faster."""
 
-    def run(switch: Callable[[], None]) -> Any:
-        switch()
-        torch.manual_seed(0)
-        return examples.run(model)
+    def __init__(
+        self, model: nn.Module, examples: Examples, put: Callable[[], None], take: Callable[[], None]
+    ):
+        self.model, self.examples, self.put, self.take = model, examples, put, take
+        tensors = [t for t in tree_leaves((examples.args, dict(examples.kwargs))) if isinstance(t, Tensor)]
+        self.like = torch.empty(0, device=tensors[0].device if tensors else "cpu")
 
-    with undisturbed(model), torch.no_grad():
-        plain, again, fused = (
-            [t.detach().clone() for t in tensors_of(run(switch))] for switch in (take, take, put)
-        )
+    def differs(self, weight_dtype: torch.dtype | None) -> str | None:
+        """How the output changes, if by more than rounding explains."""
+        with undisturbed(self.model), torch.no_grad():
+            plain, again, fused = (
+                [t.detach().clone() for t in self._outputs(switch)]
+                for switch in (self.take, self.take, self.put)
+            )
         for one, two, ours in zip(plain, again, fused, strict=True):
             tolerance = VALUE_TOLERANCE.get(weight_dtype or one.dtype, 0.0)
-            allowed = 10 * tolerance + 2 * relative_error(two, one)
             error = relative_error(ours, one)
-            if error > allowed:
+            if error > 10 * tolerance + 2 * relative_error(two, one):
                 return f"the model's output changes by {error:.1e} (relative) with the fused sites"
-        before, after = in_turns(lambda: run(take), lambda: run(put), seconds, torch.empty(0, device=device))
-    if after > NOT_SLOWER * before:
+        return None
+
+    def slower(self, seconds: float) -> str | None:
+        """Whether inference is, and by how much."""
+        with undisturbed(self.model), torch.no_grad():
+            return self._timed("", self._outputs, seconds)
+
+    def slower_training(self, seconds: float) -> str | None:
+        """Whether forward and backward are."""
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+
+        def step(switch: Callable[[], None]) -> None:
+            outputs = [t for t in self._outputs(switch) if t.requires_grad]
+            if outputs and wanted:
+                grads = [torch.ones_like(t) for t in outputs]
+                torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+
+        with undisturbed(self.model), torch.enable_grad():
+            try:
+                step(self.take)
+            except RuntimeError:  # the model's own, which may not be made to be trained as it is called here
+                return None
+            return self._timed(" in training", step, seconds)
+
+    def _outputs(self, switch: Callable[[], None]) -> list[Tensor]:
+        switch()
+        torch.manual_seed(0)
+        return tensors_of(self.examples.run(self.model))
+
+    def _timed(self, mode: str, run: Callable[[Callable[[], None]], object], seconds: float) -> str | None:
+        before, after = in_turns(lambda: run(self.take), lambda: run(self.put), seconds, self.like)
+        if after <= NOT_SLOWER * before:
+            return None
         return (
-            f"the model as a whole is not faster with the fused sites ({1e3 * after:.3g} ms against "
+            f"the model as a whole is not faster{mode} with the fused sites ({1e3 * after:.3g} ms against "
             f"{1e3 * before:.3g} ms)"
         )
-    return None
