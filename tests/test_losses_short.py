@@ -173,6 +173,32 @@ def test_info_nce_of_few_rows_with_one_gradient_wanted_and_a_row_of_zeros(normal
             assert tolerance.error(ours, theirs) <= tolerance.FLOAT32_GRADIENT
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.02])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_info_nce_where_exponentials_are_summed_as_they_are_and_where_not(
+    temperature: float, symmetric: bool, apart: float
+) -> None:
+    """Rows alike, whose loss is next to nothing, and rows that have nothing to do with each other."""
+    a = draw(40, 64)
+    xs = [a.requires_grad_(), (a.detach() + apart * draw(40, 64, seed=1)).requires_grad_()]
+    learned = torch.tensor(temperature).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (*xs, learned)]
+    found = gradients(info_nce(*xs, learned, symmetric=symmetric), [*xs, learned])
+    truth = gradients(similarities(*exact[:2], exact[2], True, symmetric, "mean"), exact)
+    torchs = gradients(similarities(*xs, learned, True, symmetric, "mean"), [*xs, learned])
+    for ours, theirs, right in zip(found, torchs, truth, strict=True):
+        bound = max(tolerance.TIMES_TORCH * tolerance.error(theirs, right), 4 * tolerance.FLOAT32_GRADIENT)
+        assert tolerance.error(ours, right) <= bound
+
+
+def test_info_nce_of_no_rows() -> None:
+    none = torch.empty(0, 4, requires_grad=True)
+    loss = info_nce(none, none.detach(), reduction="sum")
+    assert float(loss.detach()) == 0
+    assert torch.autograd.grad(loss, none)[0].shape == (0, 4)
+
+
 def test_info_nce_of_many_rows_keeps_no_matrix() -> None:
     a, b = (draw(few.MOST_ROWS + 1, 4, seed=i).requires_grad_() for i in range(2))
     assert "_Small" not in str(graph_of(info_nce(a, b)))
