@@ -193,7 +193,7 @@ def test_info_nce_where_exponentials_are_summed_as_they_are_and_where_not(
 
 
 def test_info_nce_of_no_rows() -> None:
-    none = torch.empty(0, 4, requires_grad=True)
+    none = torch.zeros(0, 4, requires_grad=True)
     loss = info_nce(none, none.detach(), reduction="sum")
     assert float(loss.detach()) == 0
     assert torch.autograd.grad(loss, none)[0].shape == (0, 4)
