@@ -189,6 +189,19 @@ def test_a_training_step_as_a_whole_decides_over_training(clock: Times) -> None:
     assert "forward" not in model.__dict__
 
 
+def test_what_torch_trains_faster_is_still_tried_in_inference(clock: Times) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, (3, 16)), nn.ReLU())  # as wide as its input
+    x = torch.randn(2, 1, 9, 16)
+    interfuse.optimize(model, x)
+    (row,) = interfuse.explain(model).rows
+    assert row.fused
+    assert row.training is None
+    assert row.reason == "in inference only"
+    expected = F.relu(F.conv2d(x, model[0].weight, model[0].bias))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_has_no_backward_is_still_optimised(clock: Times) -> None:
     class Overwritten(nn.Module):
         def __init__(self) -> None:

@@ -93,14 +93,17 @@ class TrySite:
         if call is None:  # in a loop over modules, others of its calls may be
             return run_plainly(links, value)
         outcome.calls += 1
-        if not site.serves(call, wants_gradient(call)):
-            outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
-        if outcome.refusal:
-            return run_plainly(links, value)
-        calm_links, call = _on_leaves(*site.pattern.calm(links, call))
-        outcome.refusal = self._differs(site, calm_links, call, outcome)
-        if outcome.refusal is None:
-            self._time(site, calm_links, call, outcome)
+        trained = wants_gradient(call)
+        if trained and not site.serves(call, True):
+            trained = False  # torch's own functions train faster; the kernel may still pay in inference
+        with torch.set_grad_enabled(trained):
+            if not site.serves(call, trained):
+                outcome.refusal = "no kernel takes it: " + " ".join(site.pattern.kernel(site.seen)[1])
+            if not outcome.refusal:
+                calm_links, call = _on_leaves(*site.pattern.calm(links, call))
+                outcome.refusal = self._differs(site, calm_links, call, outcome)
+                if outcome.refusal is None:
+                    self._time(site, calm_links, call, outcome)
         return run_plainly(links, value)
 
     def _differs(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> str | None:
