@@ -192,9 +192,10 @@ def test_info_nce_where_exponentials_are_summed_as_they_are_and_where_not(
         assert tolerance.error(ours, right) <= bound
 
 
-def test_info_nce_of_no_rows() -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_info_nce_of_no_rows(normalize: bool) -> None:
     none = torch.zeros(0, 4, requires_grad=True)
-    loss = info_nce(none, none.detach(), reduction="sum")
+    loss = info_nce(none, none.detach(), normalize=normalize, reduction="sum")
     assert float(loss.detach()) == 0
     assert torch.autograd.grad(loss, none)[0].shape == (0, 4)
 

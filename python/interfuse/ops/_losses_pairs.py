@@ -128,7 +128,7 @@ def info_nce(
         temperature = temperature.reshape(())
     elif not (math.isfinite(temperature) and temperature > 0):
         raise fail(f"the temperature must be a finite number above 0; got {temperature!r}.", op)
-    few = 0 < input1.shape[0] <= info_nce_of_few.MOST_ROWS
+    few = input1.shape[0] <= info_nce_of_few.MOST_ROWS
     if few and backend is None and eager.is_short(backend, reduction) and eager.is_dense(input1, input2):
         return info_nce_of_few.run(input1, input2, temperature, normalize, symmetric, reduction)
     first, second = (F.normalize(x, dim=-1) if normalize else x for x in (input1, input2))
