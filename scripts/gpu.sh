@@ -49,7 +49,7 @@ sanitizer() {
   local tool failed=0
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-      "$python" -m pytest -m gpu -p no:cacheprovider tests/test_rnn_triton.py \
+      "$python" -m pytest -m gpu -p no:cacheprovider tests/test_rnn_triton.py tests/test_rnn_overlap.py \
       -k "cuda_kernel_agrees and (ragged or deep or bf16) or overlapped" 2>&1 | tee -a "$out/sanitizer.log" || failed=1
   done
   return "$failed"
