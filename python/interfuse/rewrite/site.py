@@ -125,6 +125,8 @@ class Site:
         # What TorchScript and ONNX write down should be made of torch's own ops.
         if torch_state.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             return run_plainly(links, value)
+        if not self.training and torch.is_grad_enabled() and getattr(value, "requires_grad", False):
+            return run_plainly(links, value)  # known without asking the pattern, which takes longer
         call = self.pattern.prepare(links, value)
         if call is None:
             return run_plainly(links, value)
