@@ -2,9 +2,11 @@
 //
 //   grad_x_i = grad W_i,  grad_W_i = grad^T x_i
 //
-// Both run along the weight's columns, and each thread takes some of these for both; with few columns, some of the rows.
+// Both run along the weight's columns. Of the first, each thread takes some of these, with few columns some of the rows; of
+// the second some of the weight's rows, with few of them some of the columns.
 #include "cpu/linear_product.h"
 #include "common/matrix_units.h"
+#include "common/pages.h"
 #include "common/scratch.h"
 #include "common/transpose.h"
 #include "cpu/linear.h"
@@ -23,6 +25,7 @@ constexpr int64_t kRowsAtOnce = 192;
 // a few sets of the first-level cache and drive each other out.
 constexpr int64_t kRowsWorthAPack = 24;
 constexpr int64_t kBiasRows = 64;
+constexpr int64_t kOutputsWorthSharing = 64;  // for each thread
 
 // c (rows, columns) = or += a b; a(r, k) at a[r * a_row + k * a_step], b and c rows of plain matrices.
 void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
@@ -75,9 +78,56 @@ void product(bool split, int64_t rows, int64_t depth, int64_t columns, const flo
   }
 }
 
+// With so few rows both gradients take the time of reading and writing a matrix as large as the weight: along its rows.
+constexpr int64_t kFewRows = 4, kColumnsRead = 4096, kRowsRead = 8;
+
+// c (rows, columns) = a b with few rows, a dense.
+void few_products(int64_t rows, int64_t depth, int64_t columns, const float* a, const float* b, int64_t b_row, float* c,
+                  int64_t c_row) {
+  for (int64_t column = 0; column < columns; column += kColumnsRead) {
+    const int64_t wide = columns - column < kColumnsRead ? columns - column : kColumnsRead;
+    int64_t k = 0;
+    const auto add = [&](auto count) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float *from = b + k * b_row + column, *factors = a + r * depth + k;
+        float* const to = c + r * c_row + column;
+        along_row(wide, [&](auto&& read, auto&& write) __attribute__((always_inline)) {
+          Vec sum = k > 0 ? read(to) : zero();
+          unrolled<kCount>([&](int i) __attribute__((always_inline)) {
+            sum = multiply_add(splat(factors[i]), read(from + i * b_row), sum);
+          });
+          write(to, sum);
+        });
+      }
+      k += kCount;
+    };
+    while (k + kRowsRead <= depth) add(Count<kRowsRead>{});
+    while (k < depth) add(Count<1>{});
+  }
+}
+
+// c (columns of a, columns) = a^T b with few rows of a and b.
+void few_outer_products(int64_t rows, int64_t outputs, int64_t columns, const float* a, int64_t a_row, const float* b,
+                        int64_t b_row, float* c, int64_t c_row) {
+  for (int64_t column = 0; column < columns; column += kColumnsRead) {
+    const int64_t wide = columns - column < kColumnsRead ? columns - column : kColumnsRead;
+    for (int64_t n = 0; n < outputs; ++n) {
+      float* const to = c + n * c_row + column;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec factor = splat(a[r * a_row + n]);
+        const float* const from = b + r * b_row + column;
+        along_row(wide, [&](auto&& read, auto&& write) __attribute__((always_inline)) {
+          write(to, r > 0 ? multiply_add(factor, read(from), read(to)) : factor * read(from));
+        });
+      }
+    }
+  }
+}
+
 struct Floats {
   const float* grad;      // (rows, outputs), before the activation
-  const float* turned;    // its transpose
+  const float* turned;    // its transpose; unwritten with few rows
   const float* weight;
   const float* const* inputs;
   const int64_t* input_rows;  // their row strides
@@ -101,34 +151,44 @@ INTERFUSE_INLINE void each_input(const Linear& p, int64_t begin, int64_t end, Bo
 // their number must not change a result.
 bool worth_splitting([[maybe_unused]] const Linear& p) {
 #if defined(INTERFUSE_SPLIT_PRODUCT)
-  return p.rows >= 64 && p.outputs >= split::kDepth && p.depth >= split::kDepth && matrix_units();
+  return p.rows >= 20 && p.outputs >= split::kDepth && p.depth >= split::kDepth && matrix_units();
 #else
   return false;
 #endif
 }
 
 void gradients(const Linear& p, const Floats& t, int thread, int team) {
-  const bool split = worth_splitting(p);
+  const bool split = worth_splitting(p), few = p.rows <= kFewRows;
   const int64_t units = (p.depth + kPanel - 1) / kPanel;
-  const bool by_columns = units >= 4 * team;
-  Range columns{0, p.depth}, rows{0, p.rows}, outputs{0, p.outputs};
-  if (by_columns) {
+  Range columns{0, p.depth}, rows{0, p.rows};
+  if (units >= 4 * team) {
     const Range mine = share(units, thread, team);
     columns.begin = mine.begin * kPanel;
     columns.end = mine.end * kPanel < p.depth ? mine.end * kPanel : p.depth;
   } else {
-    rows = share(p.rows, thread, team), outputs = share(p.outputs, thread, team);
+    rows = share(p.rows, thread, team);
   }
   each_input(p, columns.begin, columns.end, [&](int64_t i, int64_t offset, int64_t column, int64_t count) {
-    if (float* const to = t.grad_inputs[i]) {
-      const int64_t width = p.inputs[i].width;
-      product(split, rows.end - rows.begin, p.outputs, count, t.grad + rows.begin * p.outputs, p.outputs, 1,
-              t.weight + column, p.depth, to + rows.begin * width + offset, width);
-    }
-    if (t.grad_weight)
-      product(split, outputs.end - outputs.begin, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1,
-              t.inputs[i] + offset, t.input_rows[i], t.grad_weight + outputs.begin * p.depth + column, p.depth);
+    if (!t.grad_inputs[i]) return;
+    const int64_t width = p.inputs[i].width;
+    const float* const grad = t.grad + rows.begin * p.outputs;
+    float* const to = t.grad_inputs[i] + rows.begin * width + offset;
+    if (few) few_products(rows.end - rows.begin, p.outputs, count, grad, t.weight + column, p.depth, to, width);
+    else product(split, rows.end - rows.begin, p.outputs, count, grad, p.outputs, 1, t.weight + column, p.depth, to, width);
   });
+  if (t.grad_weight) {
+    // Whole rows where there are enough: two threads on one page that is new would each fill it with zeros.
+    Range outputs{0, p.outputs};
+    if (p.outputs >= kOutputsWorthSharing * team || units < 4 * team)
+      outputs = share(p.outputs, thread, team), columns = {0, p.depth};
+    each_input(p, columns.begin, columns.end, [&](int64_t i, int64_t offset, int64_t column, int64_t count) {
+      const float* const from = t.inputs[i] + offset;
+      float* const to = t.grad_weight + outputs.begin * p.depth + column;
+      const int64_t high = outputs.end - outputs.begin;
+      if (few) few_outer_products(p.rows, high, count, t.grad + outputs.begin, p.outputs, from, t.input_rows[i], to, p.depth);
+      else product(split, high, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1, from, t.input_rows[i], to, p.depth);
+    });
+  }
   if (!t.grad_bias) return;
   const Range mine = share(p.outputs, thread, team);
   const int64_t count = mine.end - mine.begin;
@@ -172,7 +232,6 @@ INTERFUSE_INLINE const float* as_floats(const T* from, int64_t from_row, float*&
   room += rows * width;
   return to;
 }
-
 
 void no_rows(const Linear& p, const LinearBackward& call) {
   const size_t size = p.dtype == INTERFUSE_BFLOAT16 ? 2 : 4;
@@ -230,13 +289,15 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   t.grad = active ? made : grad_y;
   const Activation f{p.activation, p.slope};
   const int threads = worth_threads(2 * count * p.depth, call.threads);
-  parallel(threads, [&](int thread, int team) {
+  if (call.grad_weight) prefer_huge_pages(call.grad_weight, static_cast<size_t>(weights) * (half ? 2 : 4));
+  const bool few = p.rows <= kFewRows;
+  parallel(few ? 1 : threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
     const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);
     const Range rows{blocks.begin * kLanes, blocks.end * kLanes < p.rows ? blocks.end * kLanes : p.rows};
     for (int64_t r = rows.begin; active && r < rows.end; ++r)
       grad_row(f, grad_y + r * p.outputs, from + r * p.outputs, made + r * p.outputs, p.outputs);
-    if (t.grad_weight) turn(t.grad, turned, p.rows, p.outputs, rows);
+    if (t.grad_weight && !few) turn(t.grad, turned, p.rows, p.outputs, rows);
   });
   parallel(threads, [&](int thread, int team) { gradients(p, t, thread, team); });
 
