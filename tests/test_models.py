@@ -197,6 +197,18 @@ def test_optimised_models_are_saved_loaded_and_run_under_autocast(tmp_path: path
     assert error(ours.float(), theirs.float()) < 6 * 2.0**-8
 
 
+def test_gradients_of_more_than_32_mib() -> None:
+    """For these the kernels ask for huge pages."""
+    ours, theirs = (models.cnn((3, 112, 112), 4, layers=layers) for layers in ("fused", "torch"))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 112, 112)
+    for model in (ours, theirs):
+        model(x).logsumexp(1).sum().backward()
+    found, expected = (max(m.parameters(), key=Tensor.numel).grad for m in (ours, theirs))
+    assert found.numel() * found.element_size() >= 32 * 2**20
+    assert error(found, expected) < MODEL_GRADIENT
+
+
 @pytest.mark.parametrize("name", ["rnn", "lstm", "three", "hierarchical", "transformer"])
 def test_what_is_beyond_the_length_counts_for_nothing(name: str) -> None:
     entry = ENTRIES[name]
