@@ -34,6 +34,9 @@ def main() -> str | None:
         optimizer.step()
     mean = loss.detach() / world
     dist.all_reduce(mean)
+    # Gloo's thread must have let go of `mean`, which takes the interpreter's lock, before the model is freed:
+    # that joins the thread with the lock held (torch 2.13), and a process that is slow here would hang.
+    dist.barrier()
     dist.destroy_process_group()
     if rank != 0:
         return None
