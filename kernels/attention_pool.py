@@ -99,7 +99,7 @@ def pool_slopes(
     scores += b * steps
     slopes += b * steps
     best, total = softmax_sums(scores, steps, ROWS)
-    mean = 0.0
+    origin = float("-inf")
     for start in range(0, steps, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = rows < count
@@ -111,14 +111,23 @@ def pool_slopes(
         if grad_weights is not None:
             acc += tl.load(grad_weights + b * steps + rows, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(scores + rows, mask=rows < steps, other=float("-inf"))
-        mean += tl.sum(tl.exp(s - best) / total * acc, 0)
+        origin = tl.maximum(origin, tl.max(tl.where(inside & (s == best), acc, float("-inf")), 0))
         tl.store(slopes + rows, acc, mask=rows < steps)
     tl.debug_barrier()  # other threads of this program wrote some of the slopes
+    # Measured from the heaviest step: where one step has nearly all the weight, its slope and the mean would
+    # cancel.
+    origin = tl.where(origin == float("-inf"), 0.0, origin)  # a sequence without steps
+    mean = 0.0
     for start in range(0, steps, ROWS):
         rows = start + tl.arange(0, ROWS)
         s = tl.load(scores + rows, mask=rows < steps, other=float("-inf"))
         slope = tl.load(slopes + rows, mask=rows < steps, other=0.0)
-        tl.store(slopes + rows, tl.exp(s - best) / total * (slope - mean), mask=rows < steps)
+        mean += tl.sum(tl.exp(s - best) / total * (slope - origin), 0)
+    for start in range(0, steps, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        s = tl.load(scores + rows, mask=rows < steps, other=float("-inf"))
+        slope = tl.load(slopes + rows, mask=rows < steps, other=0.0)
+        tl.store(slopes + rows, tl.exp(s - best) / total * (slope - origin - mean), mask=rows < steps)
 
 
 @triton.jit

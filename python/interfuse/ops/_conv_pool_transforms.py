@@ -16,6 +16,7 @@ from interfuse.torch_state import (
     SingleLevelFunction,
     apply_at_this_level,
     has_tangent,
+    is_batched_gradient,
     redispatch_below_autograd,
 )
 
@@ -78,7 +79,11 @@ class Forward(SingleLevelFunction):
         if grad_y is None:
             return (None,) * 5
         mask = list(ctx.needs_input_grad[1:4])
-        grads = ctx.kernels.backward(grad_y, ctx.saved_tensors, mask)
+        if is_batched_gradient(grad_y):  # which has rules for torch's own ops only
+            x, weight, bias = ctx.saved_tensors[:3]
+            grads = reference.backward(grad_y, x, weight, bias, ctx.kernels.params, mask)
+        else:
+            grads = ctx.kernels.backward(grad_y, ctx.saved_tensors, mask)
         return (None, *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None)
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from interfuse.ops._rnn_checks import PARAM_COUNT, Inputs, RnnParams, check
+from interfuse.ops._rnn_checks import PARAM_COUNT, Inputs, RnnParams, check, op_problem
 from interfuse.ops._vmap import is_mapped, sample, stacked
 from interfuse.reference import rnn as reference
 from interfuse.torch_state import (
     SingleLevelFunction,
     apply_at_this_level,
     has_tangent,
+    is_batched_gradient,
     redispatch_below_autograd,
 )
 
@@ -102,7 +103,14 @@ class Forward(SingleLevelFunction):
         needs = ctx.needs_input_grad[2:]
         mask = [needs[0] or needs[1], *needs[3:]]
         inputs = Inputs(x, table, lengths, h0, c0, weights)
-        results = ctx.kernels.backward(grads[:3], inputs, y, reserve, mask)
+        if any(g is not None and is_batched_gradient(g) for g in grads[:3]):
+            # which has rules for torch's own ops only
+            params = ctx.kernels.params
+            results = gradients(
+                op_problem(*inputs, params, True), grads[:3], inputs, params.padding_idx, mask
+            )
+        else:
+            results = ctx.kernels.backward(grads[:3], inputs, y, reserve, mask)
         grad_x, *rest = (g if wanted else None for g, wanted in zip(results, mask, strict=True))
         first = (grad_x, None) if table is None else (None, grad_x)
         return (None, None, *first, None, *rest)
