@@ -27,6 +27,14 @@ ROWS = {  # case: how README names it
     "audio-b16": "LSTM 40 -> 128 twice, 100 steps, batch 16",
     "wide-512": "LSTM 512 -> 512, 100 steps, batch 1",
     "ragged-b32": "LSTM 40 -> 128 twice, up to 100 steps, batch 32",
+    "q64-kv196-b8": "attention of 64 queries to 196 keys, width 256, batch 8",
+    "q512-kv2048-b2": "attention of 512 queries to 2,048 keys, width 256, batch 2",
+    "q512-kv2048-b2-ragged": "the same, contexts of 205 and 2,048 keys",
+    "image-text-b1": "image (128 x 128) and text (64) fusion model, batch 1",
+    "image-text-b8": "the same, batch 8",
+    "image-text-b32": "the same, batch 32",
+    "video-audio-b1": "video (22 x 112 x 112) and audio (100) fusion model, batch 1",
+    "video-audio-b4": "the same, batch 4",
 }
 
 
@@ -73,7 +81,7 @@ def figures(row: dict[str, Any]) -> str:
 def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set()
-    for name in ("conv_pool_cpu", "rnn_cpu"):
+    for name in ("conv_pool_cpu", "rnn_cpu", "attention_cpu", "models_cpu"):
         result = json.loads((ROOT / f"bench/results/{name}.json").read_text(encoding="utf-8"))
         assert f"bench/results/{name}.json" in readme
         assert result["machine"]["cores"] == result["settings"]["threads"] == 2
