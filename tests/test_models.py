@@ -198,7 +198,7 @@ def test_optimised_models_are_saved_loaded_and_run_under_autocast(tmp_path: path
 
 
 def test_gradients_of_more_than_32_mib() -> None:
-    """For these the kernels ask for huge pages."""
+    """Whose memory malloc maps anew at every step."""
     ours, theirs = (models.cnn((3, 112, 112), 4, layers=layers) for layers in ("fused", "torch"))
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 112, 112)

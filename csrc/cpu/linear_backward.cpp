@@ -6,7 +6,6 @@
 // the second some of the weight's rows, with few of them some of the columns.
 #include "cpu/linear_product.h"
 #include "common/matrix_units.h"
-#include "common/pages.h"
 #include "common/scratch.h"
 #include "common/transpose.h"
 #include "cpu/linear.h"
@@ -289,7 +288,6 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   t.grad = active ? made : grad_y;
   const Activation f{p.activation, p.slope};
   const int threads = worth_threads(2 * count * p.depth, call.threads);
-  if (call.grad_weight) prefer_huge_pages(call.grad_weight, static_cast<size_t>(weights) * (half ? 2 : 4));
   const bool few = p.rows <= kFewRows;
   parallel(few ? 1 : threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
