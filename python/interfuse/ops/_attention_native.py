@@ -9,21 +9,21 @@ from torch import Tensor
 
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
+from interfuse.ops import _native_limits
 from interfuse.ops._attention_problem import AttentionProblem, Three, empty_gradients, empty_outputs
+from interfuse.ops._native_limits import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _Strides = tuple[int, int, int]
 
 
 def why_not(problem: AttentionProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in DTYPE_NAMES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
+    reason = _native_limits.why_not(problem.device, problem.dtype)
+    if reason is not None:
+        return reason
     if problem.grad_weights:
         return "the native backward takes no gradient of the returned weights."
     return None

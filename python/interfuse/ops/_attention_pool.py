@@ -18,8 +18,10 @@ from interfuse import _native
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _attention_triton as triton
-from interfuse.ops._attention_native import DTYPE_NAMES, pointer
+from interfuse.ops import _native_limits
+from interfuse.ops._attention_native import pointer
 from interfuse.ops._attention_problem import DTYPES, Three
+from interfuse.ops._native_limits import DTYPE_NAMES
 from interfuse.reference import attention as reference
 from interfuse.torch_state import (
     SingleLevelFunction,
@@ -131,11 +133,7 @@ def _check_values(problem: PoolProblem, lengths: Tensor | None) -> None:
 
 
 def _native_why_not(problem: PoolProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in DTYPE_NAMES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
-    return None
+    return _native_limits.why_not(problem.device, problem.dtype)
 
 
 def _rows(t: Tensor) -> Tensor:

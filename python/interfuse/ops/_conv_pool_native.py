@@ -9,6 +9,7 @@ from torch import Tensor
 
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
+from interfuse.ops import _native_limits
 from interfuse.ops._conv_pool_problem import (
     ConvPoolProblem,
     Three,
@@ -18,19 +19,18 @@ from interfuse.ops._conv_pool_problem import (
     memory_format,
     weight_format,
 )
+from interfuse.ops._native_limits import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LARGEST_SIZE = 2**31 - 1
 
 
 def why_not(problem: ConvPoolProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in _DTYPE_NAMES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
+    reason = _native_limits.why_not(problem.device, problem.dtype)
+    if reason is not None:
+        return reason
     if max(*problem.input, *problem.params.padding, *problem.params.dilation) > _LARGEST_SIZE:
         return f"the native kernels take sizes up to {_LARGEST_SIZE}; the input's are {problem.input}."
     return fused_why_not(problem)
@@ -52,7 +52,7 @@ def make_desc(
     p, spatial = problem.params, problem.spatial
     return _native.ConvPoolDesc(
         spatial=spatial,
-        dtype=_DTYPE_NAMES[problem.dtype],
+        dtype=DTYPE_NAMES[problem.dtype],
         channels_last=problem.channels_last,
         weight_channels_last=weight_channels_last,
         batch=problem.batch,

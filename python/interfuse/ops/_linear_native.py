@@ -10,18 +10,18 @@ from torch import Tensor
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops._linear_problem import LinearProblem, Two, empty_gradients, empty_outputs
+from interfuse.ops._native_limits import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_WEIGHT_NAMES = {**_DTYPE_NAMES, torch.int8: "int8"}
+_WEIGHT_NAMES = {**DTYPE_NAMES, torch.int8: "int8"}
 
 
 def why_not(problem: LinearProblem) -> str | None:
     if problem.device.type != "cpu":
         return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in _DTYPE_NAMES:
+    if problem.dtype not in DTYPE_NAMES:
         return f"the native kernels compute in float32 and bfloat16; the inputs are {problem.dtype}."
     if problem.save and problem.weight_dtype != problem.dtype:
         return (
@@ -46,7 +46,7 @@ def make_desc(problem: LinearProblem, row_strides: Sequence[int]) -> _native.Lin
     """The core's plan for inputs of these row strides."""
     p = problem.params
     return _native.LinearDesc(
-        dtype=_DTYPE_NAMES[problem.dtype],
+        dtype=DTYPE_NAMES[problem.dtype],
         weight_dtype=_WEIGHT_NAMES[problem.weight_dtype],
         rows=problem.rows,
         out_features=problem.out_features,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from interfuse import _native
+from interfuse.ops import _native_limits
 from interfuse.ops._losses_problem import (
     CrossEntropyProblem,
     Gradients,
@@ -15,27 +16,22 @@ from interfuse.ops._losses_problem import (
     empty_gradients,
     empty_results,
 )
+from interfuse.ops._native_limits import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
 
 def why_not(problem: CrossEntropyProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in _DTYPE_NAMES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
-    return None
+    return _native_limits.why_not(problem.device, problem.dtype)
 
 
 def _desc(problem: CrossEntropyProblem, input_row_stride: int) -> _native.CrossEntropyDesc:
     p = problem.params
     return _native.CrossEntropyDesc(
-        _DTYPE_NAMES[problem.dtype],
+        DTYPE_NAMES[problem.dtype],
         problem.rows,
         problem.classes,
         problem.features,

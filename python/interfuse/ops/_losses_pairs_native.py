@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from interfuse import _native
+from interfuse.ops import _native_limits
+from interfuse.ops._native_limits import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from interfuse.ops._losses_problem import Elements, PairProblem
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
 
 def why_not(problem: PairProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype not in _DTYPE_NAMES:
-        return f"the native kernels compute in float32 and bfloat16; the tensors are {problem.dtype}."
-    return None
+    return _native_limits.why_not(problem.device, problem.dtype)
 
 
 def _call(e: Elements, grad_loss: Tensor | None, loss: Tensor | None, grad: Tensor | None) -> None:
@@ -29,7 +25,7 @@ def _call(e: Elements, grad_loss: Tensor | None, loss: Tensor | None, grad: Tens
     given = (x, e.target, e.weight.values, e.pos_weight.values, grad_loss, loss, grad)
     _native.elementwise_loss(
         e.kind,
-        _DTYPE_NAMES[x.dtype],
+        DTYPE_NAMES[x.dtype],
         e.reduction,
         x.numel() // columns if columns else 0,
         columns,
@@ -57,7 +53,7 @@ def run_contrastive(input1: Tensor, input2: Tensor, target: Tensor, margin: floa
     loss, slope = torch.empty_like(labels), torch.empty_like(labels)
     pointers = [t.data_ptr() for t in (a, b, labels, loss, slope)]
     rows, columns = a.shape
-    _native.contrastive_loss(_DTYPE_NAMES[a.dtype], rows, columns, margin, pointers, torch.get_num_threads())
+    _native.contrastive_loss(DTYPE_NAMES[a.dtype], rows, columns, margin, pointers, torch.get_num_threads())
     return loss, slope
 
 
@@ -68,5 +64,5 @@ def run_contrastive_backward(
     grads = torch.empty_like(a), torch.empty_like(b)
     rows, columns = a.shape
     pointers = [t.data_ptr() for t in (a, b, *given, *grads)]
-    _native.contrastive_loss_backward(_DTYPE_NAMES[a.dtype], rows, columns, pointers, torch.get_num_threads())
+    _native.contrastive_loss_backward(DTYPE_NAMES[a.dtype], rows, columns, pointers, torch.get_num_threads())
     return grads
