@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from interfuse.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
+SHARED = 99 * 1024  # bytes that a program gets on every GPU since Ampere
 RECORDS = Path(__file__).resolve().parent.parent / "bench" / "results"
 
 NAMES = {

@@ -39,13 +39,13 @@ class Step:
         return f"{self.case} {str(self.dtype)[6:]} {self.arithmetic} {layout}"
 
 
-PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+MATRIX = ("forward", "input_gradient", "weight_gradient")  # those that multiply matrices
 STEPS = (
-    Step("second-111", torch.bfloat16, "ieee", True, (*PRODUCTS, "bias_gradient", "sum_splits")),
-    Step("third-54", torch.float32, "tf32", True, PRODUCTS),
-    Step("third-54", torch.float32, "ieee", False, PRODUCTS),
+    Step("second-111", torch.bfloat16, "ieee", True, (*MATRIX, "bias_gradient", "sum_splits")),
+    Step("third-54", torch.float32, "tf32", True, MATRIX),
+    Step("third-54", torch.float32, "ieee", False, MATRIX),
     Step("first-224", torch.bfloat16, "ieee", False, ("forward", "weight_gradient")),
-    Step("conv3d-55", torch.float16, "ieee", True, PRODUCTS),
+    Step("conv3d-55", torch.float16, "ieee", True, MATRIX),
     Step("stem-224", torch.bfloat16, "ieee", True, ("forward", "spread_gradient", "weight_gradient")),
     Step("third-54-gelu", torch.float32, "ieee", True, ("forward", "spread_gradient")),
     Step("third-54-avg", torch.bfloat16, "ieee", True, ("forward", "spread_gradient")),

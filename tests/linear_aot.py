@@ -38,11 +38,11 @@ class Step:
         return f"{self.case} {str(self.dtype)[6:]} {self.arithmetic} {self.activation}"
 
 
-PRODUCTS = ("forward", "product")
+MATRIX = ("forward", "product")  # those that multiply matrices
 STEPS = (
-    Step("head-b256", torch.bfloat16, "ieee", "gelu", (*PRODUCTS, "gradient", "column_sums")),
-    Step("head-b256", torch.float32, "tf32", "relu", PRODUCTS),
-    Step("head-b32", torch.float32, "ieee", "relu", PRODUCTS),
+    Step("head-b256", torch.bfloat16, "ieee", "gelu", (*MATRIX, "gradient", "column_sums")),
+    Step("head-b256", torch.float32, "tf32", "relu", MATRIX),
+    Step("head-b32", torch.float32, "ieee", "relu", MATRIX),
     Step("three-b16", torch.float16, "ieee", "softmax", ("forward", "softmax", "softmax_gradient")),
 )
 ROWS = {

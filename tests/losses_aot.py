@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RECORD = RECORDS / "triton_resources_losses.json"
 KERNELS = ("sums", "combine", "gradient")
+MATRIX = ("sums", "gradient", "similarity_gradient")  # those that multiply matrices
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from aot import ARCHITECTURES, RECORDS, compile_all, used, write_record
+from aot import ARCHITECTURES, RECORDS, SHARED, compile_all, used, write_record
 from interfuse.kernels import rnn as kernels
 from interfuse.kernels import rnn_launches as plan
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RECORD = RECORDS / "triton_resources_rnn.json"
 WALKS = ("forward", "backward")
+MATRIX = ("input_gates", *WALKS)  # those that multiply matrices
 COPIES = ("previous_states", "dense_inputs")
 
 
@@ -109,6 +110,13 @@ def launches(step: Step) -> list[Launch]:
         ]
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def shared_limit(row: str) -> int:
+    """Resident kernels are chosen by the device's shared memory; the rest runs on every GPU since Ampere."""
+    step, kernel, _ = ROWS[row]
+    resident = kernel in WALKS and launches(step)[1].kernel.__name__.startswith("resident")
+    return plan.RESIDENT_BYTES + plan.BESIDE_RESIDENT_BYTES if resident else SHARED
 
 
 def compile_row(row: str) -> dict[str, int]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import attention_oracle as oracle
 import pytest
@@ -14,6 +10,7 @@ import tolerance
 import torch
 import torch.nn.functional as F
 from cases.attention import EDGES, Case
+from processes import check_forked_child, check_instruction_set
 
 from interfuse import _native
 from interfuse.ops._attention_pool import attention_pool
@@ -225,48 +222,27 @@ def test_several_python_threads_at_once() -> None:
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-FORKED = """
-import os, sys
-import numpy, torch
+WORK = """
 from interfuse.ops.attention import attention
-torch.set_num_threads(2)
 q, k, v = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (40, 90, 90))
 def work():
     y = attention(q, k, v)
-    grads = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
-    return [t.detach().numpy() for t in (y, *grads)]
-before = work() if sys.argv[1] == "after" else None
-child = os.fork()
-if child == 0:
-    now = work()
-    right = before is None or all(numpy.allclose(a, b, atol=1e-5) for a, b in zip(before, now))
-    os._exit(0 if right else 3)
-status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
+    return [t.detach().numpy() for t in (y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y)))]
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forked_child_computes(when: str) -> None:
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
-    assert child.returncode == 0
+    check_forked_child(WORK, when, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])
 def test_every_instruction_set(isa: str) -> None:
-    isas = _native.info()["isas"]
-    if os.environ.get("INTERFUSE_ISA"):
-        pytest.skip("this run is itself forced to an instruction set")
-    if isas.index(isa) > isas.index(_native.info()["isa"]):
-        pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k",
-               "named_cases or any_strides or never_read or nothing or pool or nan or twice"]  # fmt: skip
-    run = subprocess.run(
-        command, env={**os.environ, "INTERFUSE_ISA": isa}, cwd=Path(__file__).parent.parent,
-        capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
+    """The tests of values, in a process whose kernels were forced to a lower instruction set."""
+    check_instruction_set(
+        isa, "tests/test_attention.py", "-k",
+        "named_cases or any_strides or never_read or nothing or pool or nan or twice",
+    )  # fmt: skip
 
 
 # ---- attention pooling

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import conv_pool_oracle as oracle
 import pytest
 import tolerance
 import torch
 from cases.conv_pool import EDGES, Case
+from processes import check_forked_child, check_instruction_set
 
 from interfuse import _native
 from interfuse.ops import conv_pool
@@ -68,55 +68,28 @@ def test_several_python_threads_at_once() -> None:
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-FORKED = """
-import os, sys
-import numpy, torch, interfuse
+WORK = """
 from interfuse.ops import conv_pool
-torch.set_num_threads(2)
 x, weight = torch.randn(2, 8, 64, 64, requires_grad=True), torch.randn(16, 8, 3, 3)
 def work():
     y = conv_pool(x, weight, activation="relu", pool="max")
-    grad = torch.autograd.grad(y, x, torch.ones_like(y))[0]
-    return y.detach().numpy(), grad.numpy()  # torch's own large operations hang in a forked child
-before = work() if sys.argv[1] == "after" else None
-child = os.fork()
-if child == 0:
-    y, grad = work()
-    right = before is None or (numpy.allclose(y, before[0]) and numpy.allclose(grad, before[1], atol=1e-4))
-    os._exit(0 if right else 3)
-status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
+    return y.detach().numpy(), torch.autograd.grad(y, x, torch.ones_like(y))[0].numpy()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forked_child_computes(when: str) -> None:
-    """Before and after the parent used its threads: GNU OpenMP hangs a child that starts a team then."""
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
-    assert child.returncode == 0
+    check_forked_child(WORK, when, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])
 def test_every_instruction_set(isa: str) -> None:
     """The tests of values, in a process whose kernels were forced to a lower instruction set."""
-    isas = _native.info()["isas"]
-    if os.environ.get("INTERFUSE_ISA"):
-        pytest.skip("this run is itself forced to an instruction set")
-    if isas.index(isa) > isas.index(_native.info()["isa"]):
-        pytest.skip(f"this processor has no {isa}")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               "-m", "not slow and not gpu",
-               tests / "test_conv_pool.py", tests / "test_conv_pool_backward.py",
-               tests / "test_conv_pool_memory.py", "-k",
-               "named_cases or exact or any_strides or nothing_outside or forced"]  # fmt: skip
-    environment = {**os.environ, "INTERFUSE_ISA": isa}
-    run = subprocess.run(
-        command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    check_instruction_set(
+        isa, "-m", "not slow and not gpu", "tests/test_conv_pool.py", "tests/test_conv_pool_backward.py",
+        "tests/test_conv_pool_memory.py", "-k",
+        "named_cases or exact or any_strides or nothing_outside or forced",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])

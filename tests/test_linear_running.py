@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import linear_oracle as oracle
 import pytest
 import torch
 from cases.linear import Case
+from processes import check_forked_child, check_instruction_set
 from torch import Tensor
 
 from interfuse import _native
@@ -62,47 +59,21 @@ def test_several_python_threads_at_once() -> None:
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-FORKED = """
-import os, sys
-import numpy, torch, interfuse
+WORK = """
 from interfuse.ops.linear import linear
-torch.set_num_threads(2)
 x, weight = torch.randn(64, 600, requires_grad=True), torch.randn(300, 600)
 def work():
     y = linear(x, weight, None, "relu")
-    grad = torch.autograd.grad(y, x, torch.ones_like(y))[0]
-    return y.detach().numpy(), grad.numpy()  # torch's own large operations hang in a forked child
-before = work() if sys.argv[1] == "after" else None
-child = os.fork()
-if child == 0:
-    y, grad = work()
-    right = before is None or (numpy.array_equal(y, before[0]) and numpy.array_equal(grad, before[1]))
-    os._exit(0 if right else 3)
-status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
+    return y.detach().numpy(), torch.autograd.grad(y, x, torch.ones_like(y))[0].numpy()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forked_child_computes(when: str) -> None:
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
-    assert child.returncode == 0
+    check_forked_child(WORK, when, atol=0)
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])
 def test_every_instruction_set(isa: str) -> None:
     """The tests of values, in a process whose kernels were forced to a lower instruction set."""
-    isas = _native.info()["isas"]
-    if os.environ.get("INTERFUSE_ISA"):
-        pytest.skip("this run is itself forced to an instruction set")
-    if isas.index(isa) > isas.index(_native.info()["isa"]):
-        pytest.skip(f"this processor has no {isa}")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests / "test_linear.py"]
-    environment = {**os.environ, "INTERFUSE_ISA": isa}
-    run = subprocess.run(
-        command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    check_instruction_set(isa, "tests/test_linear.py")

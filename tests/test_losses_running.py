@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import losses_oracle as oracle
 import pytest
 import tolerance
 import torch
 from cases.losses import Case
+from processes import check_forked_child, check_instruction_set
 from torch import Tensor
 
 from interfuse import _native
@@ -57,48 +54,23 @@ def test_several_python_threads_at_once() -> None:
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-FORKED = """
-import os, sys
-import numpy, torch, interfuse
-torch.set_num_threads(2)
+WORK = """
 x, weight = torch.randn(64, 60, requires_grad=True), torch.randn(3000, 60)
 target = torch.arange(64)
 op = torch.ops.interfuse.linear_cross_entropy.default
-def work():  # the op itself: torch's own large operations hang in a forked child
+def work():  # the op itself: its autograd makes a large operation of torch's
     with torch.no_grad():
         loss, lse, grad, *_ = op(x, weight, target, None, None, "mean", -100, 0.0, "", [True, False, False])
     return loss.numpy(), grad.numpy()
-before = work() if sys.argv[1] == "after" else None
-child = os.fork()
-if child == 0:
-    loss, grad = work()
-    right = before is None or (numpy.allclose(loss, before[0]) and numpy.allclose(grad, before[1], atol=1e-6))
-    os._exit(0 if right else 3)
-status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forked_child_computes(when: str) -> None:
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
-    assert child.returncode == 0
+    check_forked_child(WORK, when, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])
 def test_every_instruction_set(isa: str) -> None:
     """The tests of values, in a process whose kernels were forced to a lower instruction set."""
-    isas = _native.info()["isas"]
-    if os.environ.get("INTERFUSE_ISA"):
-        pytest.skip("this run is itself forced to an instruction set")
-    if isas.index(isa) > isas.index(_native.info()["isa"]):
-        pytest.skip(f"this processor has no {isa}")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests / "test_losses.py"]
-    environment = {**os.environ, "INTERFUSE_ISA": isa}
-    run = subprocess.run(
-        command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    check_instruction_set(isa, "tests/test_losses.py")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import rnn_oracle as oracle
 import torch
 from cases.rnn import EDGES, MODULES, Case
+from processes import check_forked_child, check_instruction_set
 
 from interfuse import _native
 
@@ -55,52 +52,24 @@ def test_several_python_threads_at_once() -> None:
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-FORKED = """
-import os, sys
-import numpy, torch, interfuse
-torch.set_num_threads(2)
+WORK = """
 module = interfuse.nn.LSTM(8, 64, 2, bidirectional=True)
 x = torch.randn(30, 4, 8, requires_grad=True)
 def work():
     y, _ = module(x)
-    grad = torch.autograd.grad(y, x, torch.ones_like(y))[0]
-    return y.detach().numpy(), grad.numpy()
-before = work() if sys.argv[1] == "after" else None
-child = os.fork()
-if child == 0:
-    y, grad = work()
-    right = before is None or all(numpy.allclose(a, b, atol=1e-4) for a, b in zip((y, grad), before))
-    os._exit(0 if right else 3)
-status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
+    return y.detach().numpy(), torch.autograd.grad(y, x, torch.ones_like(y))[0].numpy()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forked_child_computes(when: str) -> None:
-    """Before and after the parent used its threads: GNU OpenMP hangs a child that starts a team then."""
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, when], timeout=120, check=False)
-    assert child.returncode == 0
+    check_forked_child(WORK, when, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", _native.info()["isas"])
 def test_every_instruction_set(isa: str) -> None:
     """The tests of values, in a process whose kernels were forced to a lower instruction set."""
-    isas = _native.info()["isas"]
-    if os.environ.get("INTERFUSE_ISA"):
-        pytest.skip("this run is itself forced to an instruction set")
-    if isas.index(isa) >= isas.index(_native.info()["isa"]):
-        pytest.skip(f"this processor has no {isa}, or the tests run on it anyway")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests / "test_rnn.py",
-               "-k", "named_cases or rounded"]  # fmt: skip
-    environment = {**os.environ, "INTERFUSE_ISA": isa}
-    run = subprocess.run(
-        command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    check_instruction_set(isa, "tests/test_rnn.py", "-k", "named_cases or rounded")
 
 
 @pytest.mark.parametrize("cell", MODULES)
