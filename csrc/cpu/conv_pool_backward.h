@@ -171,7 +171,7 @@ void planes_input_gradient(const BackwardPlan&, const Strip&, const Planes&, con
 // ---- conv_pool_backward_patches.cpp: few input channels, only the winners of max pooling ----------------------------
 
 // The most vectors of a patch, of all input channels and taps.
-constexpr int kMostPatchVectors = kLanes == 16 ? 4 : 8;
+constexpr int kMostPatchVectors = kLanes == 16 ? 6 : 8;
 
 int64_t patches_floats(const BackwardPlan&, int64_t channels);  // of the working space
 // Adds to the sums of output channels first.. and to the strip's planes of grad_x; any may be NULL.

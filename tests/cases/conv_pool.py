@@ -126,6 +126,7 @@ EDGES = (
     _small("first-rgb", (1, 3, 8, 35), (64, 3, 3, 3)),
     _small("first-gray", (2, 1, 17, 18), (33, 1, 3, 3), padding=1),
     _small("first-3d", (1, 1, 6, 13, 14), (16, 1, 3, 3, 3)),
+    _small("first-3d-rgb", (2, 3, 6, 13, 14), (16, 3, 3, 3, 3)),
     _small("pointwise", (2, 21, 9, 8), (37, 21, 1, 1)),
     _small("pointwise-strided", (2, 16, 9, 8), (32, 16, 1, 1), stride=2, pool=None),
     _small("stem", (1, 3, 37, 33), (20, 3, 7, 7), stride=2, padding=3, pool_size=3, pool_stride=2,
