@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +20,6 @@ from interfuse.train import checkpoints, loop
 
 if TYPE_CHECKING:
     import io
-    import pathlib
 
 CHANNELS = 6
 
@@ -79,18 +84,26 @@ def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
     assert torch.equal(loop.order(10, 1, 1), orders[3])
 
 
+@pytest.mark.parametrize("every", [None, 1, 3])
 @pytest.mark.parametrize("regime", ["simultaneous", "mixed"])
-def test_a_resumed_training_is_the_same_bit_by_bit(tmp_path: pathlib.Path, regime: str) -> None:
+def test_a_resumed_training_is_the_same_bit_by_bit(
+    tmp_path: pathlib.Path, regime: str, every: int | None
+) -> None:
     def run(path: pathlib.Path, stop_after: int | None) -> tuple[Tensor, train.History]:
         """Interrupted at step `stop_after`, if that is a number, and started again."""
-        steps = 0
+        seen.clear()
+
+        def noisy(model: nn.Module, part: data.Samples) -> Tensor:
+            """With numbers of Python's and NumPy's, as augmentations draw them."""
+            scale = 1.0 + 0.1 * random.random() + 0.1 * float(np.random.rand())  # noqa: NPY002
+            return train.cross_entropy(model, part) * scale
 
         def loss(model: nn.Module, part: data.Samples) -> Tensor:
-            nonlocal steps
-            steps += 1
-            if steps == stop_after:
+            if model.training:
+                seen.append(len(part))
+            if len(seen) == stop_after:
                 raise KeyboardInterrupt
-            return train.cross_entropy(model, part)
+            return noisy(model, part)
 
         def start(loss: Any) -> tuple[Tensor, train.History]:
             model = net()
@@ -98,17 +111,27 @@ def test_a_resumed_training_is_the_same_bit_by_bit(tmp_path: pathlib.Path, regim
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
             history = train.fit(
                 model, samples(), samples(30, 1), epochs=8, batch=16, optimizer=optimizer, scheduler=schedule,
-                loss=loss, checkpoint=path, regime=regime, patience=3)  # fmt: skip
+                loss=loss, checkpoint=path, checkpoint_steps=every, regime=regime, patience=3)  # fmt: skip
             return weights(model), history
 
         if stop_after is not None:
             with pytest.raises(KeyboardInterrupt):
                 start(loss)
-            torch.manual_seed(99)  # another process has another random state
-        return start(train.cross_entropy)
+            seen.clear()
+            for seed in (torch.manual_seed, random.seed, np.random.seed):
+                seed(99)  # another process has other random states
+        stop_after = None
+        return start(loss)
 
+    seen: list[int] = []
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
     whole, history = run(tmp_path / "whole.pt", None)
-    resumed, again = run(tmp_path / "resumed.pt", 22)  # 4 steps an epoch
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    resumed, again = run(tmp_path / "resumed.pt", 24)  # 4 steps an epoch: within the sixth
+    steps = 4 * len(history.epochs)
+    assert len(seen) == steps - {None: 20, 1: 23, 3: 23}[every]  # none was done twice that need not be
     assert torch.equal(whole, resumed)
     assert history == again
     model = net()
@@ -159,6 +182,55 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(
     saved = checkpoints.load(path, state)
     assert saved is not None
     assert len(saved["epochs"]) == 1
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import torch
+from test_train import net, samples, weights
+from interfuse import train
+
+path, save, calls = pathlib.Path(sys.argv[1]), torch.save, []
+
+
+def half(whole, file):
+    calls.append(1)
+    if len(calls) == int(sys.argv[2]):
+        save(whole, path.with_suffix(".whole"))
+        file.write(path.with_suffix(".whole").read_bytes()[:3000])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(whole, file)
+
+
+torch.save = half
+model = net()
+train.fit(model, samples(), epochs=3, batch=16, checkpoint=path, checkpoint_steps=1)
+torch.save = save
+torch.save(weights(model), path.with_suffix(".weights"))
+"""
+
+
+def test_killed_while_writing_it_goes_on_from_the_file_before(tmp_path: pathlib.Path) -> None:
+    """Twice, and in processes of their own; the end has the bits of one that was left alone."""
+    path = tmp_path / "at.pt"
+
+    def start(stop_at: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(path), str(stop_at)]
+        here = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+        return subprocess.run(command, env=here, check=False, timeout=120).returncode
+
+    assert start(7) == -signal.SIGKILL  # the third writing of the second epoch
+    before = path.read_bytes()
+    assert (tmp_path / "at.pt.part").stat().st_size == 3000
+    assert torch.load(path, weights_only=True)["step"] == 2
+    assert start(1) == -signal.SIGKILL  # and again, at the very first
+    assert path.read_bytes() == before
+    assert start(0) == 0
+    assert not (tmp_path / "at.pt.part").exists()
+    model = net()
+    train.fit(model, samples(), epochs=3, batch=16)
+    assert torch.equal(torch.load(tmp_path / "at.weights", weights_only=True), weights(model))
 
 
 def test_early_stopping_takes_the_best_epochs_weights() -> None:
@@ -236,6 +308,7 @@ def test_what_was_frozen_stays_frozen() -> None:
         ({"regime": "serial", "parts": ["dropout"]}, "'dropout' is frozen, or has none"),
         ({"epochs": 0}, "at least 1; got 0 and 32"),
         ({"patience": 2}, "needs validation"),
+        ({"checkpoint_steps": 2}, "writings of the checkpoint: it needs one"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(settings: dict[str, Any], sentence: str) -> None:

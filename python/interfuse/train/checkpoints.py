@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import pathlib
-import tempfile
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,21 @@ def save(path: str | pathlib.Path, state: State, **progress: Any) -> None:
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "random": _random_states(),
         **progress,
     }
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    # Always of the same name: what a killed process leaves of it is overwritten by the next one.
+    temporary = path.with_name(path.name + ".part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(whole, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -71,7 +72,26 @@ def load(path: str | pathlib.Path, state: State) -> dict[str, Any] | None:
     state.optimizer.load_state_dict(whole["optimizer"])
     if state.scheduler is not None:
         state.scheduler.load_state_dict(whole["scheduler"])
-    torch.set_rng_state(whole["random"])
-    if whole["random_cuda"]:
-        torch.cuda.set_rng_state_all(whole["random_cuda"])
+    _set_random_states(whole["random"])
     return whole
+
+
+def _random_states() -> dict[str, Any]:
+    """Torch's, and those of Python and NumPy, which a loss of one's own may draw from."""
+    state: Any = np.random.get_state()  # noqa: NPY002 (the global one)
+    kind, keys, *rest = state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

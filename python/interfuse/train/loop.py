@@ -88,6 +88,7 @@ def fit(
     parts: Sequence[str] | None = None,
     patience: int | None = None,
     checkpoint: str | pathlib.Path | None = None,
+    checkpoint_steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> History:
@@ -104,11 +105,16 @@ def fit(
             the best epoch. Needs `validation`.
         checkpoint: a file that is written, atomically, after every epoch. Where it exists, training goes on
             from there, and ends as if it had never been interrupted, bit by bit.
+        checkpoint_steps: write it after every so many steps of an epoch, too.
         seed: of the order of samples.
         progress: a bar on stderr, where that is a terminal.
     """
     if epochs < 1 or batch < 1:
         raise ValueError(f"epochs and batch must be at least 1; got {epochs} and {batch}.")
+    if checkpoint_steps is not None and (checkpoint is None or checkpoint_steps < 1):
+        raise ValueError(
+            "checkpoint_steps counts steps, at least 1, between writings of the checkpoint: it needs one."
+        )
     if patience is not None and (validation is None or patience < 1):
         raise ValueError("patience counts epochs, at least 1, by the validation loss: it needs validation.")
     if optimizer is None:
@@ -119,18 +125,40 @@ def fit(
         settings["epochs"] = epochs  # which divides them among the parts
     state = checkpoints.State(model, optimizer, scheduler, settings)
     history, best = History([]), _Best()
+    done, total = 0, 0.0  # of the epoch that was interrupted: its steps, and their loss
     if checkpoint is not None:
         saved = checkpoints.load(checkpoint, state)
         if saved is not None:
             history = History([Epoch(**row) for row in saved["epochs"]], saved["stopped_early"])
-            best = _Best(**saved["best"])
+            best, done, total = _Best(**saved["best"]), saved["step"], saved["total"]
+
+    def write(step: int, total: float) -> None:
+        if checkpoint is not None:
+            rows = [asdict(e) for e in history.epochs]
+            progress = {"epochs": rows, "stopped_early": history.stopped_early, "best": vars(best)}
+            checkpoints.save(checkpoint, state, step=step, total=total, **progress)
+
     steps = math.ceil(len(data) / batch)
-    with Progress((epochs - len(history.epochs)) * steps if progress else 0) as bar:
+    with Progress((epochs - len(history.epochs)) * steps - done if progress else 0) as bar:
         for epoch in range(len(history.epochs), epochs):
             if history.stopped_early:
                 break
+            batches = order(len(data), seed, epoch).split(batch)
             with plan.learning(epoch):
-                mean = _epoch(model, data, order(len(data), seed, epoch), batch, optimizer, loss, bar, epoch)
+                model.train()
+                for step, rows in enumerate(batches[done:], done + 1):
+                    value = _step(model, data[rows], optimizer, loss)
+                    total += value * len(rows)
+                    bar.step(f"epoch {epoch}, loss {value:.4f}")
+                    if checkpoint_steps is not None and step % checkpoint_steps == 0 and step < steps:
+                        write(step, total)
+            mean = total / len(data)
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"the loss of epoch {epoch} is {mean}: lower the learning rate, or look for NaN in "
+                    "the data."
+                )
+            done, total = 0, 0.0
             if scheduler is not None:
                 scheduler.step()
             found = None if validation is None else evaluate(model, validation, loss=loss)
@@ -141,43 +169,20 @@ def fit(
             if patience is not None and found is not None:
                 best.look(model, epoch, found.loss)
                 history.stopped_early = epoch - best.epoch >= patience
-            if checkpoint is not None:
-                rows = [asdict(e) for e in history.epochs]
-                checkpoints.save(
-                    checkpoint, state, epochs=rows, stopped_early=history.stopped_early, best=vars(best)
-                )
+            write(0, 0.0)
     if best.weights is not None:
         model.load_state_dict(best.weights)
         history.best_epoch = best.epoch
     return history
 
 
-def _epoch(
-    model: nn.Module,
-    data: Samples,
-    rows: Tensor,
-    batch: int,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    bar: Progress,
-    epoch: int,
-) -> float:
-    """One pass over the samples; the mean loss."""
-    model.train()
-    total = 0.0
-    for chosen in rows.split(batch):
-        optimizer.zero_grad()  # to None: what does not learn now is passed over by the optimizer
-        value = loss(model, data[chosen])
-        value.backward()
-        optimizer.step()
-        total += value.item() * len(chosen)
-        bar.step(f"epoch {epoch}, loss {value.item():.4f}")
-    mean = total / len(rows)
-    if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"the loss of epoch {epoch} is {mean}: lower the learning rate, or look for NaN in the data."
-        )
-    return mean
+def _step(model: nn.Module, part: Samples, optimizer: torch.optim.Optimizer, loss: Loss) -> float:
+    """One step, and its loss."""
+    optimizer.zero_grad()  # to None: what does not learn now is passed over by the optimizer
+    value = loss(model, part)
+    value.backward()
+    optimizer.step()
+    return value.item()
 
 
 @dataclass
