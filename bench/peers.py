@@ -20,6 +20,7 @@ from interfuse.bench.workers import sample
 from torch import Tensor, nn
 
 import interfuse
+from interfuse import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -374,7 +375,8 @@ class Session:
 
 def peak_of(step: Callable[[], object]) -> int:
     gc.collect()
-    # Without the trim, memory that an earlier step freed but malloc still holds would hide this step's use.
+    # Otherwise what an earlier step freed, but interfuse or malloc still holds, would hide this step's use.
+    memory.release()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as control:

@@ -49,5 +49,6 @@ PYBIND11_MODULE(_native, m) {
   interfuse::bind::conv_pool(m);
   interfuse::bind::linear(m);
   interfuse::bind::losses(m);
+  interfuse::bind::memory(m);
   interfuse::bind::rnn(m);
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/dlpack.h"
+#include "common/kept.h"
 #include "interfuse.h"
 
 namespace py = pybind11;
@@ -47,6 +48,13 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The table of an exchange capsule; throws where its version is another one.
+const DLPackExchangeAPI* exchange_table(const py::capsule& exchange);
+
+// A new tensor in kept memory (common/kept.h) and its address; null with an exception set.
+py::object kept_tensor(const DLPackExchangeAPI* api, const Sizes& shape, const Sizes& strides, uint8_t code, uint8_t bits,
+                       void** data);
+
 // What the tensors of one inference call were like. Made again, they are compared here: through DLPack's exchange table
 // that takes a fifth of the time of asking each tensor for its shape, strides, dtype, device and address in Python.
 // Every error is a Python exception that is set, and null or -1 returned: a vectorcall passes no C++ exceptions on.
@@ -56,6 +64,11 @@ class Likeness {
     int32_t ndim = 0;  // 0: no tensor
     uint8_t code = 0, bits = 0;
     Sizes shape, strides;
+    size_t bytes() const {
+      size_t count = bits / 8;
+      for (const int64_t size : shape) count *= static_cast<size_t>(size);
+      return count;
+    }
     bool fits(const interfuse::DLTensor& t) const {
       return t.device_type == interfuse::kDLCPU && t.ndim == ndim && t.dtype.code == code && t.dtype.bits == bits &&
              !memcmp(t.shape, shape.data(), shape.size() * sizeof(int64_t)) &&
@@ -63,20 +76,13 @@ class Likeness {
     }
   };
 
-  Likeness(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types) : watchers_(watchers), types_(types) {
-    const auto* api = static_cast<const interfuse::DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    if (api->version.major != interfuse::kDLPackMajor || !api->dltensor_from_py_object_no_sync)
-      throw py::value_error("interfuse: the exchange table has DLPack's version " + std::to_string(api->version.major) +
-                            " or no dltensor_from_py_object_no_sync; version 1 with it is needed.");
-    view_ = api->dltensor_from_py_object_no_sync;
-  }
+  Likeness(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types)
+      : watchers_(watchers), types_(types), api_(exchange_table(exchange)) {}
 
   Tensor describe(const py::object& tensor) const {
     if (tensor.is_none()) return {};
     interfuse::DLTensor t;
-    if (view_(tensor.ptr(), &t) != 0) throw py::error_already_set();
+    if (api_->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) throw py::error_already_set();
     return {t.ndim, t.dtype.code, t.dtype.bits, Sizes(t.shape, t.shape + t.ndim), Sizes(t.strides, t.strides + t.ndim)};
   }
 
@@ -95,7 +101,7 @@ class Likeness {
     const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     if (type != PyTuple_GET_ITEM(types_.ptr(), 0) && type != PyTuple_GET_ITEM(types_.ptr(), 1)) return 0;
     interfuse::DLTensor t;
-    if (view_(tensor, &t) != 0) {  // a sparse one, for example
+    if (api_->dltensor_from_py_object_no_sync(tensor, &t) != 0) {  // a sparse one, for example
       PyErr_Clear();
       return 0;
     }
@@ -112,9 +118,15 @@ class Likeness {
     py::object made = py::reinterpret_steal<py::object>(
         PyObject_VectorcallMethod(new_empty_strided, made_from, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
     interfuse::DLTensor t;
-    if (!made || view_(made.ptr(), &t) != 0) return {};
+    if (!made || api_->dltensor_from_py_object_no_sync(made.ptr(), &t) != 0) return {};
     *data = t.data;
     return made;
+  }
+
+  // The same of what a training step makes, whose large tensors lie in kept memory. `like` says the same once more.
+  py::object make_kept(PyObject* beside, const Tensor& like, const py::handle& size, const py::handle& strides, void** data) const {
+    if (like.bytes() < kKeptFrom) return make(beside, size, strides, data);
+    return kept_tensor(api_, like.shape, like.strides, like.code, like.bits, data);
   }
 
  private:
@@ -127,7 +139,7 @@ class Likeness {
   }
 
   py::tuple watchers_, types_;
-  int (*view_)(void*, interfuse::DLTensor*) = nullptr;
+  const DLPackExchangeAPI* api_;
 };
 
 // Whether the core succeeded; otherwise its exception is set.
@@ -173,6 +185,7 @@ void attention(py::module_& m);
 void conv_pool(py::module_& m);
 void linear(py::module_& m);
 void losses(py::module_& m);
+void memory(py::module_& m);
 void rnn(py::module_& m);
 
 }  // namespace bind

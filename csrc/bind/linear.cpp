@@ -184,7 +184,11 @@ struct LinearTraining {
     bool keeps_y, keeps_pre;
   };
   std::vector<Layer> layers;
-  std::vector<std::array<py::tuple, 2>> sizes;  // and strides, of the gradients: inputs, then each layer's weight and bias
+  struct Gradient {
+    Likeness::Tensor like;
+    py::tuple size, strides;
+  };
+  std::vector<Gradient> gradients;  // inputs, then each layer's weight and bias
 
   // The addresses of inputs and of each layer's weight and bias; 1, 0 where they are others than before, -1 as an exception.
   template <class Get>
@@ -228,11 +232,11 @@ class LinearTrainingForward {
       const auto& layer = t.layers[i];
       const int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(args[1], static_cast<Py_ssize_t>(i)), layer.arguments.ptr(), Py_EQ);
       if (same != 1) return same < 0 ? nullptr : Py_NewRef(Py_None);
-      const py::object y = t.like.make(PyTuple_GET_ITEM(args[0], 0), layer.size, layer.strides, &ys[i]);
+      const py::object y = t.like.make_kept(PyTuple_GET_ITEM(args[0], 0), layer.y, layer.size, layer.strides, &ys[i]);
       if (!y) return nullptr;
       made.append(y);
       if (!layer.keeps_pre) continue;
-      const py::object pre = t.like.make(PyTuple_GET_ITEM(args[0], 0), layer.size, layer.strides, &pres[i]);
+      const py::object pre = t.like.make_kept(PyTuple_GET_ITEM(args[0], 0), layer.y, layer.size, layer.strides, &pres[i]);
       if (!pre) return nullptr;
       kept.append(pre);
     }
@@ -282,7 +286,8 @@ class LinearTrainingBackward {
     size_t first = layers;  // the first layer that something is wanted of; the gradients of the inputs are the first one's
     for (size_t i = taken; i-- > 0;) {
       if (PyTuple_GET_ITEM(args[2], static_cast<Py_ssize_t>(i)) == Py_True) {
-        const py::object made = t.like.make(args[0], t.sizes[i][0], t.sizes[i][1], &to[i]);
+        const auto& gradient = t.gradients[i];
+        const py::object made = t.like.make_kept(args[0], gradient.like, gradient.size, gradient.strides, &to[i]);
         if (!made) return nullptr;
         found[i] = made;
         first = i < inputs ? 0 : (i - inputs) / 2;
@@ -298,17 +303,11 @@ class LinearTrainingBackward {
   }
 
  private:
-  static size_t bytes_of(const Likeness::Tensor& t) {
-    size_t count = t.bits / 8;
-    for (const int64_t size : t.shape) count *= static_cast<size_t>(size);
-    return count;
-  }
-
   static interfuse_status backward(const LinearTraining& t, size_t first, const void* grad, const std::vector<void*>& from,
                                    const std::vector<interfuse_linear_weights>& weights, const std::vector<void*>& ys,
                                    const std::vector<void*>& pres, const std::vector<void*>& to, int threads) {
     size_t widest = 0;
-    for (const auto& layer : t.layers) widest = std::max(widest, bytes_of(layer.y));
+    for (const auto& layer : t.layers) widest = std::max(widest, layer.y.bytes());
     widest = (widest + 63) / 64 * 64;
     char* between = nullptr;
     if (first + 1 < t.layers.size()) {
@@ -339,14 +338,14 @@ py::tuple linear_training(const py::capsule& exchange, const py::tuple& watchers
   if (inputs.empty() || layers.empty() || descs.size() != layers.size())
     throw py::value_error("linear: a training step is made of at least one input, and of a LinearDesc for each of its layers.");
   auto made = std::make_shared<LinearTraining>(LinearTraining{Likeness(exchange, watchers, types), descs, {}, {}, {}, {}});
-  const auto dense = [&](const Likeness::Tensor& t) {
-    py::list strides(t.shape.size());
+  const auto dense = [&](Likeness::Tensor t) {
     int64_t step = 1;
     for (size_t i = t.shape.size(); i-- > 0;) {
-      strides[i] = step;
+      t.strides[i] = step;
       step *= std::max<int64_t>(t.shape[i], 1);
     }
-    made->sizes.push_back({py::tuple(py::cast(t.shape)), py::tuple(strides)});
+    const py::tuple size(py::cast(t.shape)), strides(py::cast(t.strides));
+    made->gradients.push_back({std::move(t), size, strides});
   };
   for (const py::handle& x : inputs) made->inputs.push_back(made->like.describe(py::reinterpret_borrow<py::object>(x)));
   for (const auto& x : made->inputs) dense(x);

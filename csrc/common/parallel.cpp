@@ -7,6 +7,8 @@
 #include <exception>
 #include <mutex>
 
+#include "common/kept.h"
+
 namespace interfuse {
 namespace {
 
@@ -19,6 +21,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 
 int usable_threads(int asked) {
   (void)fork_handler;
+  age_kept();  // every call of a kernel asks here; one that trains no more gives back what training kept
   if (forked || omp_in_parallel()) return 1;
   int most = asked > 0 ? asked : omp_get_max_threads();
   return most < 1 ? 1 : most;

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the native core then shares)
 
-from interfuse import data, models, nn, ops, train
+from interfuse import data, memory, models, nn, ops, train
 from interfuse.numerics import get_precision, precision, set_precision
 from interfuse.optimize import explain, optimize, restore
 from interfuse.torch_state import offer_backend
@@ -16,6 +16,7 @@ __all__ = [
     "data",
     "explain",
     "get_precision",
+    "memory",
     "models",
     "nn",
     "ops",

@@ -99,6 +99,11 @@ def is_plain_eager() -> bool:
     )
 
 
+def is_watched_by_modes() -> bool:
+    """Whether a mode, of tensor subclasses or of the dispatcher, would see a tensor being made."""
+    return bool(_dispatch_modes() or _function_modes())
+
+
 def is_batched_gradient(t: Tensor) -> bool:
     """Whether it is one of several at once (is_grads_batched), which shows in no level of a transform."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(t))

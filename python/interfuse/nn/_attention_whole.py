@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interfuse import memory
 from interfuse.nn._attention_products import Gradients, gradients, project
 from interfuse.ops import _attention_native as native
 from interfuse.ops._attention_checks import Inputs, op_problem
@@ -146,7 +147,7 @@ def _forward(tensors: Tensors, setting: Setting, save: bool) -> tuple[Tensor, Te
         width, batch = query.shape[-1], query.shape[0 if setting.batch_first else 1]
         x, c = _rows(query), _rows(context)
         shapes = ((x.shape[0], width), (c.shape[0], 2 * width), (x.shape[0], width))
-        q, kv, y = (torch.empty(s) for s in shapes) if save else _kept_memory(*shapes)
+        q, kv, y = (memory.empty(s, dtype=torch.float32) for s in shapes) if save else _kept_memory(*shapes)
         q_bias, kv_bias = (None, None) if in_bias is None else (in_bias[:width], in_bias[width:])
         project(x, in_proj[:width], q_bias, q)
         for rows in _real(tensors, setting) or [slice(None)]:
@@ -206,7 +207,7 @@ def _backward(
     width, batch = query.shape[-1], query.shape[0 if setting.batch_first else 1]
     x, c, g = _rows(query), _rows(context), _rows(grad).contiguous()
     found = [
-        torch.empty(t.shape) if yes and t is not None else None
+        memory.empty(t.shape, dtype=torch.float32) if yes and t is not None else None
         for t, yes in zip(tensors[:6], wanted, strict=True)
     ]
     grad_query, grad_context, grad_in, grad_in_bias, grad_out, grad_out_bias = found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from interfuse import _native
+from interfuse import _native, memory
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _attention_triton as triton
@@ -170,7 +170,7 @@ def _native_backward(
     context: Tensor,
     lengths: Tensor | None,
 ) -> Three:
-    grad_x, grad_hidden = (torch.empty(t.shape, dtype=t.dtype) for t in (x, hidden))
+    grad_x, grad_hidden = (memory.empty(t.shape, dtype=t.dtype) for t in (x, hidden))
     grad_context = torch.empty(problem.batch, problem.hidden)
     x, hidden, context, lengths = _rows(x), _rows(hidden), context.contiguous(), _lengths(lengths)
     grad_y, grad_weights = grad_y.contiguous(), None if grad_weights is None else grad_weights.contiguous()

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from interfuse import memory
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -74,7 +76,7 @@ class AttentionProblem:
         return self.batch, self.heads, self.queries, self.keys
 
 
-def empty_ordered(shape: Sequence[int], like: Tensor) -> Tensor:
+def empty_ordered(shape: Sequence[int], like: Tensor, make: Callable[..., Tensor] = memory.empty) -> Tensor:
     """Unwritten memory without gaps, whose first three dimensions stand in the order of `like`'s.
 
     Projected heads are views of (batch, length, heads * head_dim) or (length, batch, ...): a result in the
@@ -82,14 +84,14 @@ def empty_ordered(shape: Sequence[int], like: Tensor) -> Tensor:
     """
     strides = like.stride()
     order = sorted(range(3), key=lambda d: -strides[d])
-    t = torch.empty([shape[d] for d in order] + [shape[3]], dtype=like.dtype, device=like.device)
+    t = make([shape[d] for d in order] + [shape[3]], dtype=like.dtype, device=like.device)
     return t.permute(*(order.index(d) for d in range(3)), 3)
 
 
 def empty_outputs(problem: AttentionProblem, q: Tensor) -> Three:
     """Unwritten (y, lse, weights) as the op returns them; (0,) where one was not asked for."""
-    y = empty_ordered(problem.y_shape, q)
-    lse = torch.empty(problem.row_shape if problem.save else (0,), dtype=torch.float32, device=q.device)
+    y = empty_ordered(problem.y_shape, q, memory.empty if problem.save else torch.empty)
+    lse = memory.empty(problem.row_shape if problem.save else (0,), dtype=torch.float32, device=q.device)
     shape = problem.weights_shape if problem.weights else (0,)
     return y, lse, torch.empty(shape, dtype=q.dtype, device=q.device)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from interfuse import memory
 from interfuse.activations import NEEDS_PREACTIVATION
 
 if TYPE_CHECKING:
@@ -157,15 +158,16 @@ def empty_outputs(problem: ConvPoolProblem) -> Three:
     """Unwritten (y, index, pre) as the op returns them; (0,) where nothing is saved."""
     p, device, form = problem.params, problem.device, memory_format(problem)
     shape = (problem.batch, problem.out_channels, *problem.out_sizes)
-    y = torch.empty(shape, dtype=problem.dtype, device=device, memory_format=form)
+    make = memory.empty if problem.save else torch.empty
+    y = make(shape, dtype=problem.dtype, device=device, memory_format=form)
     if problem.save and p.saves_index:
-        index = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=form)
+        index = make(shape, dtype=torch.uint8, device=device, memory_format=form)
     else:
         index = torch.empty(0, dtype=torch.uint8, device=device)
     if problem.save and p.saves_pre:
         sizes = problem.conv_sizes if p.saves_pre == "conv" else problem.out_sizes
         shape = (problem.batch, problem.out_channels, *sizes)
-        pre = torch.empty(shape, dtype=problem.dtype, device=device, memory_format=form)
+        pre = make(shape, dtype=problem.dtype, device=device, memory_format=form)
     else:
         pre = torch.empty(0, dtype=problem.dtype, device=device)
     return y, index, pre
@@ -177,7 +179,7 @@ def empty_gradients(problem: ConvPoolProblem, x: Tensor, weight: Tensor, mask: S
     def empty(wanted: bool, shape: Sequence[int], form: torch.memory_format) -> Tensor:
         if not wanted:
             return torch.empty(0, dtype=x.dtype, device=x.device)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+        return memory.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
     return (
         empty(mask[0], x.shape, memory_format(problem)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from interfuse import activations
+from interfuse import activations, memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,10 @@ class LinearProblem:
 def empty_outputs(problem: LinearProblem) -> Two:
     """Unwritten (y, pre) as the op returns them; (0,) where nothing is saved."""
     shape = (*problem.lead, problem.out_features)
-    y = torch.empty(shape, dtype=problem.dtype, device=problem.device)
+    make = memory.empty if problem.save else torch.empty
+    y = make(shape, dtype=problem.dtype, device=problem.device)
     saved = shape if problem.save and problem.params.saves_pre else (0,)
-    return y, torch.empty(saved, dtype=problem.dtype, device=problem.device)
+    return y, make(saved, dtype=problem.dtype, device=problem.device)
 
 
 def empty_gradients(problem: LinearProblem, mask: Sequence[bool]) -> list[Tensor]:
@@ -93,6 +94,6 @@ def empty_gradients(problem: LinearProblem, mask: Sequence[bool]) -> list[Tensor
     shapes += [(p.out_features, p.depth), (p.out_features,)]
     dtypes = [p.dtype] * len(p.widths) + [p.weight_dtype, p.dtype]
     return [
-        torch.empty(shape if wanted else (0,), dtype=dtype, device=p.device)
+        memory.empty(shape if wanted else (0,), dtype=dtype, device=p.device)
         for shape, dtype, wanted in zip(shapes, dtypes, mask, strict=True)
     ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from interfuse import _native
+from interfuse import _native, memory
 from interfuse.ops import _native_limits
 from interfuse.ops._native_limits import DTYPE_NAMES
 
@@ -43,7 +43,7 @@ def run(e: Elements) -> Tensor:
 
 
 def run_backward(grad_loss: Tensor, e: Elements) -> Tensor:
-    grad = torch.empty_like(e.input)
+    grad = memory.empty(e.input.shape, dtype=e.input.dtype)
     _call(e, grad_loss.contiguous(), None, grad)
     return grad
 
@@ -61,7 +61,7 @@ def run_contrastive_backward(
     grad_loss: Tensor, input1: Tensor, input2: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     a, b, given = input1.contiguous(), input2.contiguous(), (slope.contiguous(), grad_loss.contiguous())
-    grads = torch.empty_like(a), torch.empty_like(b)
+    grads = memory.empty(a.shape, dtype=a.dtype), memory.empty(b.shape, dtype=b.dtype)
     rows, columns = a.shape
     pointers = [t.data_ptr() for t in (a, b, *given, *grads)]
     _native.contrastive_loss_backward(DTYPE_NAMES[a.dtype], rows, columns, pointers, torch.get_num_threads())

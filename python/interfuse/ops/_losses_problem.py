@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from interfuse import memory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -146,7 +148,7 @@ def empty_gradients(problem: CrossEntropyProblem, mask: Sequence[bool]) -> Gradi
     p = problem
     shapes = ((p.rows, p.features), (p.classes, p.features), (p.classes,))
     first, second, third = (
-        torch.empty(shape if wanted else (0,), dtype=p.dtype, device=p.device)
+        memory.empty(shape if wanted else (0,), dtype=p.dtype, device=p.device)
         for shape, wanted in zip(shapes, mask, strict=True)
     )
     return first, second, third

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from interfuse import memory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -100,7 +102,8 @@ def empty_outputs(problem: RnnProblem, reserve_row: int) -> Four:
     p = problem
 
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=p.device)
+        make = memory.empty if p.save else torch.empty
+        return make(shape, dtype=dtype, device=p.device)
 
     return (
         empty(*p.sequence_shape(p.directions * p.output_size)),
@@ -122,6 +125,6 @@ def empty_gradients(problem: RnnProblem, mask: Sequence[bool]) -> list[Tensor | 
         *p.weight_shapes(),
     ]
     return [
-        torch.empty(shape, dtype=p.dtype, device=p.device) if wanted else None
+        memory.empty(shape, dtype=p.dtype, device=p.device) if wanted else None
         for shape, wanted in zip(shapes, mask, strict=True)
     ]
