@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interfuse.torch_state import is_autocast_active
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast, if it is on for this kind of device, wants for matrix products."""
-    kind = device.type
+    if not is_autocast_active():
+        return None
+    kind = device.type  # some, as "meta", know nothing of autocast
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

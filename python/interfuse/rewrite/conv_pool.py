@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
 from interfuse.numerics import get_precision
 from interfuse.ops import _conv_pool_native as native
@@ -221,9 +222,9 @@ def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bo
     if on_cpu != weight.is_cpu:
         return False
     dtype = value.dtype
-    autocast = torch.is_autocast_enabled("cpu" if on_cpu else value.device.type)
+    autocast = _autocast(value)
     if autocast and dtype in DTYPES and weight.dtype in DTYPES:
-        dtype = _autocast(value) or dtype
+        dtype = autocast
     elif dtype is not weight.dtype:
         return False
     return dtype in (CPU_DTYPES if on_cpu else GPU_DTYPES)
@@ -231,9 +232,7 @@ def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bo
 
 def _autocast(value: Tensor) -> torch.dtype | None:
     """The dtype that autocast would have the convolution compute in."""
-    kind = value.device.type
-    enabled = torch.is_autocast_enabled(kind) and value.dtype is not torch.float64
-    return torch.get_autocast_dtype(kind) if enabled else None
+    return None if value.dtype is torch.float64 else autocast_dtype(value.device)
 
 
 def _why_not_type(module: nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
 from interfuse.ops._linear_checks import Options, check, resolve
 from interfuse.ops._linear_problem import DTYPES
@@ -149,6 +150,4 @@ def fits(value: Any, weight: Any, bias: Any) -> bool:
 
 def _autocast(value: Tensor) -> torch.dtype | None:
     """The dtype that autocast would have the products compute in."""
-    kind = value.device.type
-    enabled = torch.is_autocast_enabled(kind) and value.dtype is not torch.float64
-    return torch.get_autocast_dtype(kind) if enabled else None
+    return None if value.dtype is torch.float64 else autocast_dtype(value.device)

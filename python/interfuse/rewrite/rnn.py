@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
 from interfuse.nn.rnn import run_module
 from interfuse.ops._rnn_problem import DTYPES, RnnProblem
@@ -115,7 +116,7 @@ class Rnn:
             hidden_size=module.hidden_size,
             proj_size=module.proj_size,
             vocabulary=0,
-            dtype=_autocast(x) or x.dtype,
+            dtype=autocast_dtype(x.device) or x.dtype,
             device=x.device,
             ragged=packed is not None,
             states=h0 is not None,
@@ -130,11 +131,6 @@ class Rnn:
         return None if chosen.name == "reference" else chosen.name, why_not
 
 
-def _autocast(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _fits(
     module: nn.RNNBase, x: Any, states: Sequence[Any], weights: Sequence[Any], packed: bool
 ) -> bool:
@@ -147,7 +143,7 @@ def _fits(
         return False
     if any(t.device != x.device or t.layout is not torch.strided for t in (x, *states, *weights)):
         return False
-    if _autocast(x) is not None:
+    if autocast_dtype(x.device) is not None:
         # torch's LSTM takes part in autocast on the CPU, its other modules do not.
         return module.mode == "LSTM" and x.dtype in HALVES_TOO and weights[0].dtype in HALVES_TOO
     return x.dtype in HALVES_TOO and all(t.dtype is x.dtype for t in (*states, *weights))
