@@ -357,6 +357,35 @@ INTERFUSE_API interfuse_status interfuse_contrastive_backward(const interfuse_co
                                                               const void* b, const float* slope, const float* grad_loss,
                                                               void* grad_a, void* grad_b, int32_t threads);
 
+/* InfoNCE: row i of a chooses row i of b among all rows of b, by cross-entropy of their products over the temperature. */
+typedef struct interfuse_info_nce_spec {
+  int32_t dtype;     /* interfuse_dtype of the rows and their gradients */
+  int32_t reduction; /* interfuse_reduction, over the rows */
+  int32_t symmetric; /* the mean of this and of b's rows choosing among a's */
+  int32_t normalize; /* rows are divided by their lengths first */
+  int64_t rows, features;
+  float temperature; /* above 0 */
+} interfuse_info_nce_spec;
+
+/* Of each row, what backward needs: the logarithm of the sum of exponentials, and the loss, in either direction; those of
+ * the other direction are NULL where the loss is not symmetric. */
+typedef struct interfuse_info_nce_sums {
+  float *lse, *other_lse, *loss, *other_loss;
+} interfuse_info_nce_sums;
+
+/* loss is one float, or with reduction none one for each row; sums are written. kept is NULL, so that the matrix of
+ * similarities never exists and backward computes its blocks again, or room for rows * (rows + rows / 16 + 64) floats,
+ * which backward then reads. */
+INTERFUSE_API interfuse_status interfuse_info_nce_forward(const interfuse_info_nce_spec* spec, const void* a, const void* b,
+                                                          float* loss, const interfuse_info_nce_sums* sums, float* kept,
+                                                          int32_t threads);
+/* The gradients asked for (NULL: not wanted), dense. along, or NULL, receives the gradient by the temperature times minus
+ * the temperature. The losses of sums may be NULL: they then follow from the rest, with fewer digits where they are small. */
+INTERFUSE_API interfuse_status interfuse_info_nce_backward(const interfuse_info_nce_spec* spec, const void* a, const void* b,
+                                                           const interfuse_info_nce_sums* sums, const float* kept,
+                                                           const float* grad_loss, void* grad_a, void* grad_b, double* along,
+                                                           int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -81,6 +81,17 @@ void check(const interfuse_elementwise_loss_spec& s) {
   }
 }
 
+void check(const interfuse_info_nce_spec& s) {
+  const char* const op = "info_nce";
+  check_range(op, "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
+  check_matrix(op, s.dtype, s.rows, s.features);
+  check_range(op, "features", s.features, 1, kMost);
+  if (s.rows && s.rows > kMost / s.rows)
+    invalid("%s: the similarities of %lld rows are too many; split the rows.", op, (long long)s.rows);
+  if (!(s.temperature > 0 && s.temperature <= 3.4e38f))
+    invalid("%s: the temperature is %g; it must be a finite number above 0.", op, static_cast<double>(s.temperature));
+}
+
 }  // namespace
 }  // namespace interfuse
 
@@ -153,6 +164,34 @@ interfuse_status interfuse_contrastive_backward(const interfuse_contrastive_spec
       invalid("contrastive: backward was given a null pointer for a, b, slope or grad_loss; all are needed.");
     INTERFUSE_PICK(pair_loss_kernels)->contrastive_backward(
         {*spec, a, b, slope, grad_loss, grad_a, grad_b, interfuse::usable_threads(threads)});
+  });
+}
+
+interfuse_status interfuse_info_nce_forward(const interfuse_info_nce_spec* spec, const void* a, const void* b, float* loss,
+                                            const interfuse_info_nce_sums* sums, float* kept, int32_t threads) {
+  return interfuse::guarded([&] {
+    if (!spec || !sums) invalid("info_nce: forward was given a null pointer for spec or sums; both are needed.");
+    interfuse::check(*spec);
+    if (!loss && (spec->rows || spec->reduction != INTERFUSE_REDUCE_NONE))
+      invalid("info_nce: forward was given no place for the loss.");
+    if (spec->rows && (!a || !b || !sums->lse || !sums->loss || (spec->symmetric && (!sums->other_lse || !sums->other_loss))))
+      invalid("info_nce: forward was given a null pointer for a, b or sums; all are needed.");
+    if (!spec->rows && !loss) return;
+    INTERFUSE_PICK(info_nce_kernels)->info_nce({*spec, a, b, nullptr, loss, {{sums->lse, sums->other_lse}, {sums->loss, sums->other_loss}},
+                                                kept, nullptr, nullptr, nullptr, interfuse::usable_threads(threads)});
+  });
+}
+
+interfuse_status interfuse_info_nce_backward(const interfuse_info_nce_spec* spec, const void* a, const void* b,
+                                             const interfuse_info_nce_sums* sums, const float* kept, const float* grad_loss,
+                                             void* grad_a, void* grad_b, double* along, int32_t threads) {
+  return interfuse::guarded([&] {
+    if (!spec || !sums) invalid("info_nce: backward was given a null pointer for spec or sums; both are needed.");
+    interfuse::check(*spec);
+    if (spec->rows && (!a || !b || !grad_loss || !sums->lse || (spec->symmetric && !sums->other_lse)))
+      invalid("info_nce: backward was given a null pointer for a, b, grad_loss or sums; all are needed.");
+    INTERFUSE_PICK(info_nce_kernels)->info_nce({*spec, a, b, grad_loss, nullptr, {{sums->lse, sums->other_lse}, {sums->loss, sums->other_loss}},
+                                                const_cast<float*>(kept), grad_a, grad_b, along, interfuse::usable_threads(threads)});
   });
 }
 

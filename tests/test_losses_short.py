@@ -201,6 +201,22 @@ def test_info_nce_of_no_rows(normalize: bool) -> None:
 
 
 def test_info_nce_of_many_rows_keeps_no_matrix() -> None:
-    a, b = (draw(few.MOST_ROWS + 1, 4, seed=i).requires_grad_() for i in range(2))
-    assert "_Small" not in str(graph_of(info_nce(a, b)))
-    assert "_Small" in str(graph_of(info_nce(a[:-1], b[:-1])))
+    for rows, matrix in ((few.MOST_KEPT, True), (few.MOST_KEPT + 1, False)):
+        saved: list[int] = []
+
+        def see(t: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+            info_nce(*(draw(rows, 4, seed=i).requires_grad_() for i in range(2)))
+        assert (max(saved) >= rows * rows) is matrix
+
+
+@pytest.mark.parametrize("temperature", [-0.5, 1e-35])
+def test_info_nce_of_a_temperature_that_is_not_for_the_core(temperature: float) -> None:
+    """A learned one may go anywhere; the loss is then torch's."""
+    x, y = leaves()
+    t = torch.tensor(temperature, dtype=torch.float32)
+    right = similarities(x.double(), y.double(), t.double(), True, True, "mean")
+    assert tolerance.error(info_nce(x, y, t), right) <= tolerance.FLOAT32_DEFAULT

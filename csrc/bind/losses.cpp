@@ -101,6 +101,46 @@ void contrastive_loss_backward(const std::string& dtype, int64_t rows, int64_t c
   raise(status);
 }
 
+interfuse_info_nce_spec info_nce_spec(const std::string& dtype, const std::string& reduction, bool symmetric, bool normalize,
+                                      int64_t rows, int64_t features, double temperature) {
+  return {one_of("info_nce", "dtype", dtype, {"float32", "bfloat16"}),
+          one_of("info_nce", "reduction", reduction, {"none", "mean", "sum"}),
+          symmetric, normalize, rows, features, static_cast<float>(temperature)};
+}
+
+// Addresses of the two matrices, the loss, both directions' logarithms and losses, and what is kept.
+void info_nce(const std::string& dtype, const std::string& reduction, bool symmetric, bool normalize, int64_t rows,
+              int64_t features, double temperature, const std::array<uintptr_t, 8>& tensors, int threads) {
+  const interfuse_info_nce_spec spec = info_nce_spec(dtype, reduction, symmetric, normalize, rows, features, temperature);
+  const interfuse_info_nce_sums sums = {at<float>(tensors[3]), at<float>(tensors[4]), at<float>(tensors[5]), at<float>(tensors[6])};
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_info_nce_forward(&spec, at<void>(tensors[0]), at<void>(tensors[1]), at<float>(tensors[2]), &sums,
+                                        at<float>(tensors[7]), threads);
+  }
+  raise(status);
+}
+
+// Addresses of the two matrices, both directions' logarithms and losses, what was kept, grad_loss and the gradients.
+// Returns the gradient by the temperature where that is wanted, else 0.
+double info_nce_backward(const std::string& dtype, const std::string& reduction, bool symmetric, bool normalize, int64_t rows,
+                         int64_t features, double temperature, const std::array<uintptr_t, 10>& tensors, bool by_temperature,
+                         int threads) {
+  const interfuse_info_nce_spec spec = info_nce_spec(dtype, reduction, symmetric, normalize, rows, features, temperature);
+  const interfuse_info_nce_sums sums = {at<float>(tensors[2]), at<float>(tensors[3]), at<float>(tensors[4]), at<float>(tensors[5])};
+  double along = 0;
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_info_nce_backward(&spec, at<void>(tensors[0]), at<void>(tensors[1]), &sums, at<float>(tensors[6]),
+                                         at<float>(tensors[7]), at<void>(tensors[8]), at<void>(tensors[9]),
+                                         by_temperature ? &along : nullptr, threads);
+  }
+  raise(status);
+  return -along / temperature;
+}
+
 }  // namespace
 
 void losses(py::module_& m) {
@@ -118,6 +158,11 @@ void losses(py::module_& m) {
         py::arg("tensors"), py::arg("threads"));
   m.def("contrastive_loss_backward", &contrastive_loss_backward, py::arg("dtype"), py::arg("rows"), py::arg("columns"),
         py::arg("tensors"), py::arg("threads"));
+  m.def("info_nce", &info_nce, py::arg("dtype"), py::arg("reduction"), py::arg("symmetric"), py::arg("normalize"),
+        py::arg("rows"), py::arg("features"), py::arg("temperature"), py::arg("tensors"), py::arg("threads"));
+  m.def("info_nce_backward", &info_nce_backward, py::arg("dtype"), py::arg("reduction"), py::arg("symmetric"),
+        py::arg("normalize"), py::arg("rows"), py::arg("features"), py::arg("temperature"), py::arg("tensors"),
+        py::arg("by_temperature"), py::arg("threads"));
 }
 
 }  // namespace bind

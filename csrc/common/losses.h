@@ -57,6 +57,24 @@ struct ContrastiveBackward {
   int threads;
 };
 
+struct InfoNce {
+  interfuse_info_nce_spec spec;
+  const void *a, *b;
+  const float* grad_loss;
+  float* loss;  // null: backward
+  struct {
+    float *lse[2], *loss[2];  // of rows and of columns
+  } sums;
+  float* kept;  // or null
+  void *grad_a, *grad_b;
+  double* along;  // or null
+  int threads;
+};
+
+struct InfoNceKernels {
+  void (*info_nce)(const InfoNce&);
+};
+
 struct PairLossKernels {
   void (*elementwise)(const Elementwise&);
   void (*contrastive)(const Contrastive&);
@@ -67,6 +85,7 @@ struct PairLossKernels {
   namespace isa {              \
   extern const LossKernels loss_kernels; \
   extern const PairLossKernels pair_loss_kernels; \
+  extern const InfoNceKernels info_nce_kernels; \
   }
 INTERFUSE_FOR_EACH_ISA(INTERFUSE_DECLARE)
 #undef INTERFUSE_DECLARE

@@ -344,6 +344,33 @@ def contrastive_loss(
 def contrastive_loss_backward(
     dtype: str, rows: int, columns: int, tensors: Sequence[int], threads: int
 ) -> None: ...
+# Tensors are the addresses of the two matrices, the loss, both directions' sums, what is kept.
+def info_nce(
+    dtype: str,
+    reduction: str,
+    symmetric: bool,
+    normalize: bool,
+    rows: int,
+    features: int,
+    temperature: float,
+    tensors: Sequence[int],
+    threads: int,
+) -> None: ...
+
+# Tensors are the addresses of the two matrices, both directions' logarithms and losses, what was kept,
+# grad_loss and the gradients. The gradient by the temperature, where that is wanted, else 0.
+def info_nce_backward(
+    dtype: str,
+    reduction: str,
+    symmetric: bool,
+    normalize: bool,
+    rows: int,
+    features: int,
+    temperature: float,
+    tensors: Sequence[int],
+    by_temperature: bool,
+    threads: int,
+) -> float: ...
 def info() -> dict[str, Any]: ...
 def machine_peak(threads: int) -> dict[str, float]: ...
 

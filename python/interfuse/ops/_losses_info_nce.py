@@ -1,7 +1,8 @@
-"""InfoNCE of few rows on the CPU: the matrix of similarities is small then, and kept.
+"""InfoNCE of eager calls on the CPU: one step of autograd, forward and backward one call of the core each.
 
-Lengths, similarities, both directions' losses and all gradients are one step of autograd by formulas, where
-the same in torch's functions is twenty. Only torch's operators read what is saved, which so may be anything.
+Of few rows the core keeps the matrix of similarities, which backward then reads; of more it computes each
+block of it again. Tensors that come back from saving otherwise than they were, second derivatives and several
+gradients at once take torch's functions.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from interfuse.ops import _losses_pairs_native as native
+from interfuse.ops._losses_pairs_eager import as_saved
 from interfuse.reference import losses as reference
 from interfuse.torch_state import SingleLevelFunction, apply, is_batched_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Rows up to which this is faster than linear_cross_entropy by more than a quarter: a matrix of 4 MiB.
-MOST_ROWS = 1024
-# From here on, cosines give similarities of at most 30, whose exponentials are summed as they are.
-_LEAST_TEMPERATURE = 1 / 30
-# torch.nn.functional.normalize divides by no less.
-_LEAST_LENGTH = 1e-12
+# Rows up to which the matrix is kept: 4 MiB, which is faster than computing it again.
+MOST_KEPT = 1024
+# Of these, the core divides by them in float32.
+TEMPERATURES = 1e-30, 1e30
 
 
 def by_formula(
@@ -33,81 +34,36 @@ def by_formula(
     return reference.reduced(reference.info_nce_rows(first / temperature, second, symmetric)[0], reduction)
 
 
-def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(_LEAST_LENGTH)
-
-
-class _Small(SingleLevelFunction):
+class _InfoNce(SingleLevelFunction):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, temperature: float | Tensor, normalize: bool, symmetric: bool,
         reduction: str,
     ) -> Tensor:  # fmt: skip
-        lengths = [_lengths(x) for x in (a, b)] if normalize else []
-        u, v = (a / lengths[0], b / lengths[1]) if normalize else (a, b)
         learned = temperature if isinstance(temperature, Tensor) else None
-        number = float(temperature)
-        z = (u / number) @ v.T
-        bounded = normalize and number >= _LEAST_TEMPERATURE
-        along = (1, 0) if symmetric else (1,)  # rows choose among columns, and columns among rows
-        # Partners are kept apart from the others, beside whose sum they would round a small loss away.
-        if bounded:
-            own = z.exp_().diagonal().clone()
-            z.fill_diagonal_(0)
-            others = [z.sum(i) for i in along]
-            sums = [o + own for o in others]
-            losses = [torch.log1p(o / own) for o in others]
-            wrong = [o / s for o, s in zip(others, sums, strict=True)]
-        else:
-            own = z.diagonal().clone()
-            z.fill_diagonal_(-torch.inf)
-            others = [torch.logsumexp(z, i) - own for i in along]
-            losses, wrong = [F.softplus(o) for o in others], [torch.sigmoid(o) for o in others]
-            sums = [own + loss for loss in losses]
-        at_partner = (wrong[0] + wrong[1]).div_(2) if symmetric else wrong[0]
-        ctx.save_for_backward(a, b, learned, u, v, z, at_partner, *sums, *lengths)
-        ctx.settings, ctx.bounded = (number, normalize, symmetric, reduction), bounded
+        number = float(temperature if learned is None else learned.detach())
+        settings = native.InfoNce(reduction, symmetric, normalize, number)
+        kept = native.empty_similarities(len(a)) if len(a) <= MOST_KEPT else None
+        loss, sums = native.run_info_nce(a, b, settings, kept)
+        saved = (a, b, learned, sums, kept)
+        ctx.save_for_backward(*saved)
+        ctx.settings, ctx.shapes = settings, [None if t is None else t.shape for t in saved]
         ctx.set_materialize_grads(False)
-        loss = losses[0].add_(losses[1]).div_(2) if symmetric else losses[0]
-        return reference.reduced(loss, reduction)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Any, ...]:
         nothing = (None,) * 3
         if grad_loss is None:
             return (None, None, None, *nothing)
-        a, b, learned, u, v, z, at_partner, *rest = ctx.saved_tensors
-        number, normalize, symmetric, reduction = ctx.settings
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or is_batched_gradient(grad_loss):
-            given = a, b, number if learned is None else learned
-            return (*_again(grad_loss, given, needs, ctx.settings[1:]), *nothing)
-        scale = (grad_loss / (number * (len(z) if reduction == "mean" else 1))).expand(len(z))
-        sums = rest[: 1 + symmetric]
-        grad = _of_similarities(z, sums, scale / len(sums), ctx.bounded)
-        grad.diagonal().sub_(scale * at_partner)
-        sides = [grad @ v if needs[0] or needs[2] else None, grad.T @ u if needs[1] else None]
-        # The gradient's product with the similarities, without either of them.
-        by_temperature = (-(sides[0] * u).sum() / number).reshape(learned.shape) if needs[2] else None
-        if normalize:
-            pairs = zip(sides, (u, v), rest[-2:], strict=True)
-            sides = [None if g is None else _of_unscaled(g, x, length) for g, x, length in pairs]
-        return (sides[0] if needs[0] else None, sides[1], by_temperature, *nothing)
-
-
-def _of_similarities(z: Tensor, sums: Sequence[Tensor], scale: Tensor, bounded: bool) -> Tensor:
-    """Softmax of rows and, where both sums are given, of columns. Bounded: of exponentials and their sums."""
-    if bounded:
-        factors = (scale / sums[0]).unsqueeze(1)
-        return z * factors if len(sums) == 1 else torch.add(factors, scale / sums[1]).mul_(z)
-    grad = torch.sub(z, sums[0].unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
-    return grad if len(sums) == 1 else grad.add_(torch.sub(z, sums[1]).exp_().mul_(scale))
-
-
-def _of_unscaled(grad: Tensor, x: Tensor, length: Tensor) -> Tensor:
-    """The gradient of what was divided by its length: none along its own direction."""
-    along = (grad * x).sum(1, keepdim=True)
-    return grad.addcmul_(x, along, value=-1).div_(length)
+        a, b, learned, sums, kept = saved = ctx.saved_tensors
+        settings, needs = ctx.settings, ctx.needs_input_grad[:3]
+        if not as_saved(grad_loss, saved, ctx.shapes) or is_batched_gradient(grad_loss):
+            given = a, b, settings.temperature if learned is None else learned
+            rest = settings.normalize, settings.symmetric, settings.reduction
+            return (*_again(grad_loss, given, needs, rest), *nothing)
+        grads, slope = native.run_info_nce_backward(grad_loss, a, b, settings, sums, kept, needs)
+        return (*grads, torch.full_like(learned, slope) if needs[2] else None, *nothing)
 
 
 def _again(
@@ -115,13 +71,22 @@ def _again(
 ) -> list[Tensor | None]:
     """By the formula, whose gradients can themselves be differentiated."""
     wanted = [t for t, needed in zip(given, needs, strict=True) if needed]
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         loss = by_formula(*given, *settings)
-    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=torch.is_grad_enabled()))
+    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=again))
     return [next(found) if needed else None for needed in needs]
 
 
 def run(
     a: Tensor, b: Tensor, temperature: float | Tensor, normalize: bool, symmetric: bool, reduction: str
-) -> Tensor:
-    return apply(_Small, a, b, temperature, normalize, symmetric, reduction)
+) -> Tensor | None:
+    """The loss, or None where the temperature is not for the core."""
+    number = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    least, most = TEMPERATURES
+    if not least < number < most:
+        return None
+    wanted = (a, b, temperature) if isinstance(temperature, Tensor) else (a, b)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
+        return apply(_InfoNce, a, b, temperature, normalize, symmetric, reduction)
+    return native.run_info_nce(a, b, native.InfoNce(reduction, symmetric, normalize, number), None)[0]

@@ -1,7 +1,6 @@
 """Losses of two tensors: binary cross-entropy, contrastive, InfoNCE, reconstruction of several modalities.
 
-The public functions and their checks; the registered ops stand in _losses_pairs_ops.py. On the CPU, InfoNCE
-is linear_cross_entropy with one modality as the other's weight; on a GPU it has an op of its own.
+The public functions and their checks; the registered ops stand in _losses_pairs_ops.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from interfuse.autocast import autocast_dtype, cast
-from interfuse.ops import _losses_info_nce as info_nce_of_few
+from interfuse.ops import _losses_info_nce as info_nce_eager
 from interfuse.ops import _losses_pairs_eager as eager
 from interfuse.ops._losses_checks import fail
 from interfuse.ops._losses_problem import DTYPES, REDUCTIONS, loss_dtype
@@ -103,9 +102,8 @@ def info_nce(
 ) -> Tensor:
     """Cross-entropy of each row of one modality choosing its partner among all rows of the other.
 
-    The matrix of similarities, (rows, rows), is never kept, but where it is small (1,024 rows at most, on the
-    CPU). Beyond, this is linear_cross_entropy on the CPU, which computes some of its rows at a time, with the
-    other modality as weight; on a GPU each program has a tile.
+    The matrix of similarities, (rows, rows), is computed once for both directions, some of it at a time, and
+    once more by backward. It is kept only where it is small (1,024 rows at most, on the CPU).
 
     Args:
         input1: (rows, features).
@@ -116,8 +114,6 @@ def info_nce(
         reduction: "none", "mean" or "sum", over the rows.
         backend: None to choose the fastest, or "native", "triton" or "reference".
     """
-    from interfuse.ops.losses import linear_cross_entropy
-
     op = "info_nce"
     _check_pair(op, reduction, input1=input1, input2=input2)
     if input1.dim() != 2:
@@ -128,27 +124,22 @@ def info_nce(
         temperature = temperature.reshape(())
     elif not (math.isfinite(temperature) and temperature > 0):
         raise fail(f"the temperature must be a finite number above 0; got {temperature!r}.", op)
-    few = input1.shape[0] <= info_nce_of_few.MOST_ROWS
-    if few and backend is None and eager.is_short(backend, reduction) and eager.is_dense(input1, input2):
-        return info_nce_of_few.run(input1, input2, temperature, normalize, symmetric, reduction)
+    no_features = input1.shape[1] == 0
+    if eager.is_short(backend, reduction) and eager.is_dense(input1, input2) and not no_features:
+        loss = info_nce_eager.run(input1, input2, temperature, normalize, symmetric, reduction)
+        if loss is not None:
+            return loss
     first, second = (F.normalize(x, dim=-1) if normalize else x for x in (input1, input2))
     first = first / temperature
     second = second.to(first.dtype)
-    if first.is_cpu and backend in (None, "native"):
-        partner = torch.arange(first.shape[0])
-        settings: dict[str, Any] = {"reduction": reduction, "backend": backend}
-        loss = linear_cross_entropy(first, second, partner, **settings)
-        if not symmetric:
-            return loss
-        return (loss + linear_cross_entropy(second, first, partner, **settings)) / 2
     out_dtype, dtype = _computed_in(first), autocast_dtype(first.device)
     if dtype is not None:
         first, second = cast(first, dtype), cast(second, dtype)
-    if _by_formula():
-        loss = reference.info_nce_rows(first, second, symmetric)[0]
+    if _by_formula() or no_features:
+        each = reference.info_nce_rows(first, second, symmetric)[0]
     else:
-        loss = torch.ops.interfuse.info_nce.default(first, second, symmetric, backend or "")[0]
-    return reference.reduced(loss, reduction).to(out_dtype)
+        each = torch.ops.interfuse.info_nce.default(first, second, symmetric, backend or "")[0]
+    return reference.reduced(each, reduction).to(out_dtype)
 
 
 def reconstruction_loss(

@@ -43,7 +43,7 @@ def is_short(backend: str | None, reduction: object) -> bool:
     return backend in (None, "native") and reduction in REDUCTIONS
 
 
-def _as_saved(grad_loss: Tensor, saved: Sequence[Tensor | None], shapes: Sequence[torch.Size | None]) -> bool:
+def as_saved(grad_loss: Tensor, saved: Sequence[Tensor | None], shapes: Sequence[torch.Size | None]) -> bool:
     """Saved tensors may come back through the user's hooks as anything, and grad_loss from any graph."""
     if torch.is_grad_enabled() or not is_plain_eager():
         return False
@@ -70,7 +70,7 @@ class _Elementwise(SingleLevelFunction):
             return None, None
         x, target, weight, pos_weight = saved = ctx.saved_tensors
         first, second, kind, reduction = ctx.settings
-        if _as_saved(grad_loss, saved, ctx.shapes):
+        if as_saved(grad_loss, saved, ctx.shapes):
             factors = Factor(weight, first), Factor(pos_weight, second)
             return native.run_backward(grad_loss, Elements(x, target, *factors, kind, reduction)), None
         if torch.is_grad_enabled():
@@ -134,7 +134,7 @@ class _Contrastive(SingleLevelFunction):
             return (None, None, *nothing)
         a, b, target, slope = saved = ctx.saved_tensors
         margin, reduction = ctx.settings
-        short = _as_saved(grad_loss, saved, ctx.shapes)
+        short = as_saved(grad_loss, saved, ctx.shapes)
         if reduction == "mean":
             grad_loss = grad_loss / len(target)
         rows = grad_loss.expand(target.shape)

@@ -75,8 +75,8 @@ CONTRASTIVE = (
     ),
     Implementation("reference", _always, reference.contrastive_rows, reference.contrastive_backward),
 )
-# On the CPU the public function calls linear_cross_entropy, and not this op.
 INFO_NCE = (
+    Implementation("native", native.why_not, native.run_similarities, native.run_similarities_backward),
     Implementation(
         "triton", _triton_why_not, _in_triton("run_info_nce"), _in_triton("run_info_nce_backward")
     ),
