@@ -12,12 +12,13 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from interfuse.cases.zoo import ENTRIES
-from tolerance import MODEL, MODEL_GRADIENT, TIMES_TORCH, error
+from tolerance import FLOAT32_DEFAULT, FLOAT32_GRADIENT, MODEL, MODEL_GRADIENT, TIMES_TORCH, error
 from torch import Tensor, fx, nn
 
 from interfuse.ops.conv_pool import conv_pool
 from interfuse.ops.linear import linear
-from interfuse.rewrite import graph
+from interfuse.ops.losses import linear_cross_entropy
+from interfuse.rewrite import graph, losses
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +201,87 @@ def test_concatenations() -> None:
     assert len(calls(captured(last, a, b), linear)) == 1
     assert not calls(captured(twice, a, b), linear)
     assert not calls(captured(rows, a, b), linear)
+
+
+CLASSES = losses.LEAST_CLASSES
+
+
+class Language(nn.Module):
+    """A head over a vocabulary, and the loss, as people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(12, CLASSES)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=3)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        logits = self.head(x)
+        return self.loss(logits.view(-1, CLASSES), target.view(-1))
+
+
+def words(batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    target = torch.randint(CLASSES, (batch, 4), generator=generator)
+    return torch.randn(batch, 4, 12, generator=generator), target.index_fill_(1, torch.tensor([2]), 3)
+
+
+def test_logits_that_only_a_cross_entropy_reads() -> None:
+    module = captured(Language(), *words(3))
+    (fused,) = calls(module, linear_cross_entropy)
+    assert fused.kwargs["label_smoothing"] == 0.1
+    assert fused.kwargs["ignore_index"] == 3
+    assert not calls(module, F.linear, F.cross_entropy)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_loss_and_its_gradients_with_a_batch_that_varies() -> None:
+    model = Language()
+    compiled = torch.compile(model, backend="interfuse", fullgraph=True, dynamic=True)
+    exact = copy.deepcopy(model).double()
+    for batch in (3, 5):
+        x, target = words(batch)
+        loss, found = gradients(model, compiled, (x, target))
+        truth, right = gradients(exact, exact, (x.double(), target))
+        assert error(loss, truth) <= FLOAT32_DEFAULT
+        for mine, theirs in zip(found, right, strict=True):
+            assert error(mine, theirs) <= FLOAT32_GRADIENT
+
+
+def test_other_cross_entropies_are_left_alone() -> None:
+    x, weight, target = torch.randn(5, 12), torch.randn(CLASSES, 12), torch.randint(CLASSES, (5,))
+
+    def beside_logits(x: Tensor) -> Any:
+        logits = F.linear(x, weight)
+        return F.cross_entropy(logits, target) + logits.mean()
+
+    def of_changed_logits(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight) / 2, target)
+
+    def of_few_classes(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight[:100]), target % 100)
+
+    def of_probabilities(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), torch.full((5, CLASSES), 1 / CLASSES))
+
+    def transposed(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).T, target[:1].expand(CLASSES) % 5)
+
+    def in_float64(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x.double(), weight.double()), target)
+
+    def with_a_step_between(x: Tensor) -> Tensor:
+        logits = F.linear(x, weight)
+        x.add_(1)
+        return F.cross_entropy(logits, target)
+
+    for run in (
+        beside_logits, of_changed_logits, of_few_classes, of_probabilities, transposed, in_float64,
+        with_a_step_between,
+    ):  # fmt: skip
+        assert not calls(captured(run, x), linear_cross_entropy), run.__name__
+        torch._dynamo.reset()
 
 
 def test_it_is_found_by_name() -> None:

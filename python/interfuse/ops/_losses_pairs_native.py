@@ -81,7 +81,7 @@ class InfoNce(NamedTuple):
 
 def empty_similarities(rows: int) -> Tensor:
     """Room for the matrix as the core keeps it (see csrc/interfuse.h)."""
-    return torch.empty(rows * (rows + rows // 16 + 64))
+    return memory.empty((rows * (rows + rows // 16 + 64),), dtype=torch.float32)
 
 
 def _info_nce_arguments(a: Tensor, s: InfoNce) -> tuple[str, str, bool, bool, int, int, float]:
@@ -109,12 +109,13 @@ def run_info_nce_backward(
     needs: Sequence[bool],
 ) -> tuple[list[Tensor | None], float]:
     """The gradients of both matrices where they are needed, and of the temperature."""
-    grads = [torch.empty_like(t) if needed else None for t, needed in zip((a, b), needs, strict=False)]
+    grads = [
+        memory.empty(t.shape, dtype=t.dtype) if needed else None
+        for t, needed in zip((a, b), needs, strict=False)
+    ]
     given = (a, b, *sums, kept, grad_loss.contiguous(), *grads)
     pointers = [0 if t is None else t.data_ptr() for t in given]
-    slope = _native.info_nce_backward(
-        *_info_nce_arguments(a, s), pointers, needs[2], torch.get_num_threads()
-    )
+    slope = _native.info_nce_backward(*_info_nce_arguments(a, s), pointers, needs[2], torch.get_num_threads())
     return grads, slope
 
 

@@ -16,14 +16,18 @@ from torch import Tensor, fx
 
 from interfuse.ops.conv_pool import conv_pool
 from interfuse.ops.linear import linear
+from interfuse.ops.losses import linear_cross_entropy
 from interfuse.rewrite.conv_pool import fits
 from interfuse.rewrite.known import Activation, Pool, activation_of, pool_of
 from interfuse.rewrite.linear import fits as fits_linear
+from interfuse.rewrite.losses import fits as fits_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+# Methods that change nothing but a tensor's shape, so that it does not matter when they are called.
+RESHAPES = ("view", "reshape", "flatten", "contiguous")
 
 
 def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
@@ -44,6 +48,8 @@ def fuse(graph_module: fx.GraphModule) -> int:
             made += _fuse_convolution(graph, node)
         elif node.target is F.linear:
             made += _fuse_linear(graph, node)
+        elif node.target is F.cross_entropy:
+            made += _fuse_cross_entropy(graph, node)
     if made:
         graph.lint()
         graph_module.recompile()
@@ -133,6 +139,55 @@ def _fuse_linear(graph: fx.Graph, product: fx.Node) -> bool:
     _replace(graph, product, last, linear, (list(parts), weight, bias), settings)
     graph.erase_node(x)
     return True
+
+
+def _loss_arguments(
+    input: fx.Node,  # noqa: A002  (torch's own name)
+    target: fx.Node,
+    weight: fx.Node | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> dict[str, Any]:
+    return locals()
+
+
+def _fuse_cross_entropy(graph: fx.Graph, loss: Any) -> bool:
+    """A linear layer's logits that nothing but a cross-entropy reads, as they are or in another shape."""
+    given = _loss_arguments(*loss.args, **loss.kwargs)
+    logits, target = given.pop("input"), given.pop("target")
+    if given.pop("size_average") is not None or given.pop("reduce") is not None:
+        return False
+    product = logits.args[0] if _reshapes(logits) else logits
+    if not isinstance(product, fx.Node) or product.target is not F.linear or product.kwargs.keys() - {"bias"}:
+        return False
+    if list(logits.users) != [loss] or list(product.users) != [loss if logits is product else logits]:
+        return False
+    between = product.next
+    while between is not loss:
+        if between.op not in ("placeholder", "get_attr") and not _reshapes(between):
+            return False
+        between = between.next
+    x, linear_weight, linear_bias = (*product.args, *product.kwargs.values(), None)[:3]
+    values = [_value(node) for node in (x, linear_weight, linear_bias, target, given["weight"], logits)]
+    if not fits_linear(*values[:3]) or not fits_loss(*values):
+        return False
+    with graph.inserting_before(loss):
+        if values[0].dim() != 2:
+            x = graph.call_method("reshape", (x, -1, values[1].shape[1]))
+        settings = {"linear_bias": linear_bias, **given}
+        fused = graph.call_function(linear_cross_entropy, (x, linear_weight, target), settings)
+    fused.meta = dict(loss.meta)
+    loss.replace_all_uses_with(fused)
+    for node in (loss, logits, product) if logits is not product else (loss, product):
+        graph.erase_node(node)
+    return True
+
+
+def _reshapes(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target in RESHAPES
 
 
 def _value(node: Any) -> Any:

@@ -1,8 +1,8 @@
 """How optimize() recognises losses: torch's own nn.LinearCrossEntropyLoss, whole.
 
-An nn.Linear whose logits go to an nn.CrossEntropyLoss is not recognised: the two are rarely called by one
-module, and nothing proves that nobody else reads the logits (interfuse.nn.LinearCrossEntropyLoss.from_torch
-joins them).
+An nn.Linear whose logits go to an nn.CrossEntropyLoss is not recognised there: the two are rarely called by
+one module, and nothing proves that nobody else reads the logits. In a graph of Dynamo it is proved (graph.py
+asks `fits` here), and interfuse.nn.LinearCrossEntropyLoss.from_torch joins the two by hand.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MODULE = getattr(nn, "LinearCrossEntropyLoss", None)  # torch has it since 2.13
 FORWARD = None if MODULE is None else MODULE.forward
+# In a graph: with fewer, Inductor's own two passes over the logits take no longer than a call of the op.
+LEAST_CLASSES = 4096
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,6 +109,18 @@ class Losses:
         before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
         why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
         return None if chosen.name == "reference" else chosen.name, why_not
+
+
+def fits(x: Any, linear_weight: Any, linear_bias: Any, target: Any, weight: Any, logits: Any) -> bool:
+    """Whether the cross-entropy of a linear layer's logits (rows, classes) is worth the op, and the op's."""
+    if autocast_dtype(x.device) is not None or x.dtype is not torch.float32 or not x.is_cpu:
+        return False
+    if not isinstance(target, Tensor) or target.dtype not in INTEGERS or target.dim() != 1:
+        return False
+    if weight is not None and not isinstance(weight, Tensor):
+        return False
+    classes = linear_weight.shape[0]
+    return logits.dim() == 2 and logits.shape[1] == classes >= LEAST_CLASSES
 
 
 def _fits(x: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any) -> bool:
