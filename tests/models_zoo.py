@@ -341,7 +341,7 @@ ZOO: dict[str, Entry] = {
         images(size=16),
         ["_ControlFlow__head", "blocks.0 ... blocks.2", "frozen", "stem", "stem"],
     ),
-    "text_cnn": Entry(TextCNN, lambda: (torch.randint(20, (3, 10)),), ["convs.0 ... convs.2"]),
+    "text_cnn": Entry(TextCNN, lambda: (torch.randint(20, (3, 10)),), ["convs.0 ... convs.2", "fc"]),
     "hooked": Entry(
         Hooked,
         images(size=12),

@@ -23,6 +23,9 @@ from interfuse.rewrite.site import Site
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.usefixtures("any_size")
+
+
 BY_NAME = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO.keys())
 
 

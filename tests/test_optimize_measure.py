@@ -1,6 +1,6 @@
 """optimize() with example inputs: what is verified, what is timed, and what is kept of it.
 
-Times are put in by the tests, so that nothing here hangs on a stopwatch; the last test alone looks at real
+Times are put in by the tests, so that nothing here hangs on a stopwatch; one test alone looks at real
 ones.
 """
 
@@ -319,3 +319,19 @@ def test_with_a_real_clock() -> None:
         assert row.inference is not None
         faster = row.inference[1] < row.inference[0]
         assert faster or not row.fused or row.reason == "in training only"
+
+
+def test_rules_decide_where_nothing_is_measured() -> None:
+    """Small convolutions without a pool train by torch's own functions, call after call; nothing else."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Tanh(), nn.MaxPool2d(2))
+    model, x = interfuse.optimize(copy.deepcopy(plain)), torch.randn(2, 3, 12, 12)
+    for _ in range(3):
+        y = model(x)
+        first, second = interfuse.explain(model).rows
+        assert "less than 64 million products" in first.reason
+        assert second.kernel.startswith("native")
+    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        model(x)
+    assert all(row.kernel.startswith("native") for row in interfuse.explain(model).rows)

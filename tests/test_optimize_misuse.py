@@ -13,11 +13,11 @@ from interfuse.cases.zoo import ENTRIES
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.rewrite import attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("any_size")
 BY_NAME = pytest.mark.parametrize("model", ENTRIES)
 
 # Of values of about one. float16 and bfloat16 round differently where torch rounds between the calls of a
@@ -26,13 +26,6 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bf
 
 Given = tuple[Tensor, ...]
 Treatment = tuple["Callable[[nn.Module], nn.Module]", "Callable[[Given], Given]"]
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is fused at these sizes too, at which torch's own is as fast."""
-    monkeypatch.setattr(attention, "rather_not", lambda seen: None)
-    monkeypatch.setattr(attention, "LEAST_SCORES", 0)
 
 
 def each(change: Callable[[Tensor], Tensor]) -> Callable[[Given], Given]:

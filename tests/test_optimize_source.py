@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
+pytestmark = pytest.mark.usefixtures("any_size")
+
+
 HEADER = """
 import functools
 import torch

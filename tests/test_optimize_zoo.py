@@ -13,24 +13,17 @@ from tolerance import MODEL, MODEL_GRADIENT, TIMES_TORCH
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.rewrite import attention, measure
+from interfuse.rewrite import measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.usefixtures("always")
+pytestmark = pytest.mark.usefixtures("any_size")
 BY_NAME = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
 
 # A gradient of which cancelling terms leave next to nothing (a bias before a normalisation, a key's bias
 # before softmax) is measured against this part of the gradient of all parameters.
 LEAST = 1e-4
-
-
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is fused at these sizes too, at which torch's own is as fast."""
-    monkeypatch.setattr(attention, "rather_not", lambda seen: None)
-    monkeypatch.setattr(attention, "LEAST_SCORES", 0)
 
 
 def built(entry: Entry, training: bool) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -104,7 +97,9 @@ def test_same_answers_gradients_and_model(entry: Entry, training: bool) -> None:
 
     interfuse.optimize(model)
     explanation = interfuse.explain(model)
-    assert sorted(row.site for row in explanation.fused) == sorted(entry.fused + entry.idle), explanation
+    assert sorted(row.site for row in explanation.fused) == sorted(
+        entry.fused + entry.idle + entry.in_inference
+    ), explanation
     left = {row.site: row.reason for row in explanation.rows if not row.fused}
     for site, reason in entry.left.items():
         assert reason in left[site]
@@ -116,6 +111,10 @@ def test_same_answers_gradients_and_model(entry: Entry, training: bool) -> None:
         assert row.site not in unpaid or "torch's own functions are faster" in "".join(row.why_not)
     for key, value in model.state_dict().items():  # running statistics, above all
         torch.testing.assert_close(value, own_state[key], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model(*inputs)
+    served = {row.site for row in interfuse.explain(model).rows if row.kernel.startswith("native")}
+    assert served >= {*entry.fused, *entry.in_inference}
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.load_state_dict(state)
         found = [row.site for row in interfuse.explain(other).fused]

@@ -80,7 +80,7 @@ def optimize(
             identity for identity, outcome in model.__dict__.get(REPORT, {}).items() if outcome.refusal
         }
         chosen = {
-            c.identity: known.get(c.identity) or Site(c.pattern)
+            c.identity: known.get(c.identity) or Site(c.pattern, training=c.match.trains)
             for c in plan.candidates
             if c.identity in known or (c.match.enabled and c.identity not in rejected)
         }
@@ -89,7 +89,7 @@ def optimize(
         _bind(plan, chosen)
         return model
     restore(model)
-    every = {c.identity: Site(c.pattern, weight_dtype=dtype) for c in plan.candidates}
+    every = {c.identity: Site(c.pattern, weight_dtype=dtype, measured=True) for c in plan.candidates}
     try:
         model.__dict__[REPORT] = _measured(model, plan, every, Examples.of(example_inputs), seconds)
     except BaseException:  # the model's own error, or an interruption
@@ -179,6 +179,12 @@ def _row(c: Candidate, site: Site | None, outcome: Outcome | None) -> Row:
     why_not: tuple[str, ...] = ()
     if site.seen is not None:
         kernel, why_not = c.pattern.kernel(site.seen)
+        better_left = site.rather_not()
+        if kernel is not None and better_left is not None:
+            return Row(c.name, c.match.text, c.where, False, "", better_left, why_not, *times)
+    elif site.declined:
+        reason = "what it was called with is not what the kernels take"
+        return Row(c.name, c.match.text, c.where, False, "", reason, (), *times)
     if kernel is None:
         return Row(c.name, c.match.text, c.where, False, "", "no kernel takes it", why_not, *times)
     only = (

@@ -81,6 +81,9 @@ class Attention:
             "interfuse."
         )
 
+    def leads(self, callee: object) -> bool:
+        return False
+
     def refuse(self, module: nn.Module) -> str | None:
         name = type(module).__name__
         if any(nn.utils.parametrize.is_parametrized(m) for m in module.modules()):
@@ -162,6 +165,9 @@ class Attention:
         if slower is not None:
             return None, (*why_not, f"{chosen.name}: {slower}")
         return None if chosen.name == "reference" else chosen.name, why_not
+
+    def rather_not(self, seen: Any) -> str | None:
+        return None
 
 
 def _few(module: nn.MultiheadAttention, query: Any, key: Any) -> bool:

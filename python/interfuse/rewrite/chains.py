@@ -102,11 +102,14 @@ class Reading:
 
     def chain(self, start: ast.Call) -> Chain | str:
         """The chain that begins with this call, or why the call itself cannot be replaced."""
-        if len(start.args) != 1 or start.keywords or isinstance(start.args[0], ast.Starred):
-            return f"it is called with more than one value (line {start.lineno})"
+        if not start.args or any(isinstance(argument, ast.Starred) for argument in start.args):
+            return f"it is called with no value, or with an unknown number of them (line {start.lineno})"
         if not is_load(start.func):
             return f"what it is called through is itself computed (line {start.lineno})"
-        links = [Link(start, start.func, None, (), ())]
+        first = _link(start, start.func, None, start.args[1:], None)
+        if isinstance(first, str):
+            return first
+        links = [first]
         while True:
             following = self.consumer(links[-1].call)
             if isinstance(following, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,11 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Without a pool a training step saves torch one function, and ours is one of Python's, which a small kernel
+# does not pay for: such sites of up to 32 million products each cost whole models 0.03 to 1 ms a step, though
+# timed by themselves they are faster.
+LEAST_PRODUCTS = 64_000_000
+
 # What conv_pool takes where a site says nothing.
 CALL_DEFAULTS: dict[str, Any] = {
     "activation": None,
@@ -85,6 +91,9 @@ class ConvPool:
         return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or (
             where.startswith("torch.ao.nn") and where.endswith("conv")
         )
+
+    def leads(self, callee: object) -> bool:
+        return False
 
     def refuse(self, module: nn.Module) -> str | None:
         if type(module) not in CONVOLUTIONS:
@@ -207,6 +216,22 @@ class ConvPool:
         if chosen.name == "native":
             return "native, {}: {}".format(*native.describe(problem)), why_not
         return None if chosen.name == "reference" else chosen.name, why_not
+
+    def rather_not(self, seen: Seen) -> str | None:
+        if not seen.save or seen.settings.get("pool") or seen.device.type != "cpu":
+            return None
+        (x, *_), (weight, *_) = (t for t in seen.tensors[:2] if t is not None)
+        spatial = len(weight) - 2
+        strides = seen.settings["stride"]
+        pixels = math.prod(x[: len(x) - spatial - 1]) * math.prod(
+            size // step for size, step in zip(x[-spatial:], strides, strict=True)
+        )
+        if pixels * math.prod(weight) >= LEAST_PRODUCTS:
+            return None
+        return (
+            f"torch's own functions train as fast where no pool follows and there are less than "
+            f"{LEAST_PRODUCTS // 1_000_000} million products"
+        )
 
 
 def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:

@@ -1,7 +1,9 @@
-"""How optimize() recognises linear: nn.Linear, alone or with the activation behind it."""
+"""How optimize() recognises linear: nn.Linear, with the concatenation before it and the activation behind it,
+where there are such."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,18 +20,24 @@ from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_grad
 from interfuse.torch_state import current_parameters, is_untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 FORWARD = nn.Linear.forward
 # What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+# In inference torch's own concatenation and product were measured to be as fast below these sizes. Torch
+# 2.13, two cores with AVX-512, 1 to 2048 rows, 32 to 3072 columns, 16 to 1024 outputs.
+LEAST_ROWS = 8
+LEAST_PRODUCTS = 4_000_000  # rows times columns times outputs
 
 
 class Seen(NamedTuple):
-    """A call in words: shapes and dtypes of input, weight and bias, and the settings."""
+    """A call in words: shapes and dtypes, and the settings."""
 
-    tensors: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]  # inputs, weight, bias
     device: torch.device
     autocast: torch.dtype | None
     settings: dict[str, Any]
@@ -55,6 +63,9 @@ class Linear:
             and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         )
 
+    def leads(self, callee: object) -> bool:
+        return any(callee is concatenation for concatenation in CONCATENATIONS)
+
     def refuse(self, module: nn.Module) -> str | None:
         name = type(module).__name__
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -73,31 +84,50 @@ class Linear:
         return None
 
     def match(self, links: Sequence[StaticLink], end: str) -> Match | str:
-        following = links[1] if len(links) > 1 else None
-        taken = 1
-        if following is not None:
+        joins = any(map(self.leads, links[0].callees))
+        if joins and _dimension(links[0].arguments, links[0].keywords) == 0:
+            return f"{links[0].text}, which gives its input, does not join the last dimension"
+        taken = 1 + joins
+        if len(links) > taken:
+            following = links[taken]
             if any(_reads_as_activation(callee, following) for callee in following.callees):
-                taken = 2
+                taken += 1
             else:
                 end = f"{following.text} follows, which is no activation of the kernel's"
-        # torch's own products are as fast where many rows come at once: only measuring tells.
-        return Match(taken, " -> ".join(link.text for link in links[:taken]), enabled=False, reason=end)
+        text = " -> ".join(link.text for link in links[:taken])
+        # torch's own products are as fast where many rows come at once: only measuring tells. For the
+        # backward ours keeps the parts of a concatenation, which later code may overwrite; torch's keeps a
+        # copy.
+        return Match(taken, text, enabled=joins, reason=end, trains=False)
 
     def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
+        parts = [value]
+        joins = self.leads(links[0][0])
+        if joins:
+            found = _parts(value, *links[0][1:])
+            if found is None:
+                return None
+            parts, links = found, links[1:]
         module, arguments, keywords = links[0]
         if type(module) is not nn.Linear or arguments or keywords or not is_untouched(module, FORWARD):
             return None
         settings: dict[str, Any] = {}
         if len(links) > 1:
-            found = activation_of(*links[1])
-            if found is None or not isinstance(found.slope, (int, float)):
+            activation = activation_of(*links[1])
+            if activation is None or not isinstance(activation.slope, (int, float)):
                 return None
-            settings = {"activation": found.name, "negative_slope": found.slope}
+            settings = {"activation": activation.name, "negative_slope": activation.slope}
         weight, bias = current_parameters(module, ["weight", "bias"])
-        return Call((value, weight, bias), settings) if fits(value, weight, bias) else None
+        if not joins:
+            return Call((value, weight, bias), settings) if fits(value, weight, bias) else None
+        widths = tuple(part.shape[-1] for part in parts)
+        if not fits(parts[0], weight, bias, sum(widths)):
+            return None
+        return Call((*parts, weight, bias), settings, lambda tensors: list(tensors[:-2]), widths)
 
     def run(self, call: Call) -> Tensor:
-        return linear(*call.tensors, **call.settings)
+        *inputs, weight, bias = call.tensors
+        return linear(inputs, weight, bias, **call.settings)
 
     def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
         return links, call
@@ -108,19 +138,59 @@ class Linear:
         return Seen(tensors, x.device, _autocast(x), call.settings, wants_gradient(call))
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
-        x, weight, bias = (
-            None if t is None else torch.empty(t[0], dtype=seen.autocast or t[1], device="meta")
-            for t in seen.tensors
+        *inputs, weight = (
+            torch.empty(t[0], dtype=seen.autocast or t[1], device="meta")
+            for t in seen.tensors[:-1]
+            if t is not None
         )
-        if x is None or weight is None:
-            raise TypeError("a call of linear has an input and a weight; neither may be None.")
+        bias = None if seen.tensors[-1] is None else weight.new_empty(weight.shape[0])
         settings = {"activation": None, "negative_slope": 0.01, **seen.settings}
         params = resolve(Options(backend=None, **settings))
-        problem = replace(check([x], weight, bias, None, params, seen.save), device=seen.device)
+        problem = replace(check(inputs, weight, bias, None, params, seen.save), device=seen.device)
         chosen = choose(IMPLEMENTATIONS, problem)
         before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
         why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
         return None if chosen.name == "reference" else chosen.name, why_not
+
+    def rather_not(self, seen: Seen) -> str | None:
+        *inputs, weight, _ = (() if t is None else t[0] for t in seen.tensors)
+        if len(inputs) == 1 or seen.device.type != "cpu":
+            return None
+        rows, (outputs, columns) = math.prod(inputs[0][:-1]), weight
+        if rows >= LEAST_ROWS and rows * columns * outputs >= LEAST_PRODUCTS:
+            return None
+        return f"torch's own functions are as fast for {rows} rows of {columns} columns and {outputs} outputs"
+
+
+def _dimension(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    """The one that a concatenation joins, as its arguments say; None where they are not what it takes."""
+    given = [*arguments, *keywords.values()]
+    if len(given) > 1 or keywords.keys() - {"dim", "axis"}:
+        return None
+    return given[0] if given else 0
+
+
+def _parts(value: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Tensor] | None:
+    """The tensors that are joined, if they are plain ones, alike but for their last dimension, along which
+    they are joined. torch also joins others: empty ones, several dtypes."""
+    dimension = _dimension(arguments, keywords)
+    if type(value) not in (list, tuple) or not value or type(dimension) is not int:
+        return None
+    first = value[0]
+    if any(type(part) not in PLAIN_TENSORS for part in value) or dimension not in (-1, first.dim() - 1):
+        return None
+    for part in value:
+        if (
+            not part.shape
+            or not part.shape[-1]
+            or part.shape[:-1] != first.shape[:-1]
+            or part.dtype is not first.dtype
+            or part.device != first.device
+            or part.layout is not torch.strided
+            or part.is_nested
+        ):
+            return None
+    return list(value)
 
 
 def _reads_as_activation(callee: Any, link: StaticLink) -> bool:
@@ -130,14 +200,15 @@ def _reads_as_activation(callee: Any, link: StaticLink) -> bool:
         return False
 
 
-def fits(value: Any, weight: Any, bias: Any) -> bool:
-    """Whether the op computes this. What it does not, the modules themselves compute or refuse."""
+def fits(value: Any, weight: Any, bias: Any, width: int | None = None) -> bool:
+    """Whether the op computes this. What it does not, the modules themselves compute or refuse. `width` is
+    that of all inputs together, where the value is the first of several."""
     parameters = (weight,) if bias is None else (weight, bias)
     if any(type(t) not in PLAIN_TENSORS for t in (value, *parameters)):
         return False
     if value.layout is not torch.strided or value.is_nested or not value.dim():
         return False
-    if weight.dim() != 2 or not weight.shape[1] or value.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or not weight.shape[1] or (width or value.shape[-1]) != weight.shape[1]:
         return False
     dtype, autocast = value.dtype, _autocast(value)
     for t in parameters:

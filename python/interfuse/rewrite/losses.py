@@ -41,6 +41,9 @@ class Losses:
     def anchors(self, module: nn.Module) -> bool:
         return MODULE is not None and isinstance(module, MODULE)
 
+    def leads(self, callee: object) -> bool:
+        return False
+
     def refuse(self, module: nn.Module) -> str | None:
         name: Any = type(module).__name__
         loss: Any = module
@@ -86,7 +89,7 @@ class Losses:
     def run(self, call: Call) -> Any:
         x, linear_weight, target, linear_bias, weight = call.tensors
         return linear_cross_entropy(
-            call.wrap(x), linear_weight, target, linear_bias=linear_bias, weight=weight, **call.settings
+            x, linear_weight, target, linear_bias=linear_bias, weight=weight, **call.settings
         )
 
     def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
@@ -109,6 +112,9 @@ class Losses:
         before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
         why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
         return None if chosen.name == "reference" else chosen.name, why_not
+
+    def rather_not(self, seen: Any) -> str | None:
+        return None
 
 
 def fits(x: Any, linear_weight: Any, linear_bias: Any, target: Any, weight: Any, logits: Any) -> bool:

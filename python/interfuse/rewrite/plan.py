@@ -66,6 +66,7 @@ class Planner:
     def __init__(self, model: nn.Module, patterns: Sequence[Pattern]):
         self.plan = Plan()
         self.anchors: dict[int, Anchor] = {}
+        self.heads: dict[int, Anchor] = {}  # modules that a chain may begin with, before its anchor
         self.reasons: dict[int, str] = {}
         self.covered: set[int] = set()
         modules = list(self._walk(model, "", set()))
@@ -73,9 +74,15 @@ class Planner:
             for pattern in patterns:
                 if pattern.anchors(module):
                     self.anchors[id(module)] = Anchor(name, module, pattern, pattern.refuse(module))
+        able = {id(a.pattern): a.pattern for a in self.anchors.values() if a.refusal is None}
+        self.leading = list(able.values())
+        for name, module in modules:
+            for pattern in self.leading:
+                if pattern.leads(module):
+                    self.heads[id(module)] = Anchor(name, module, pattern, None)
         for name, module in modules:
             self._look_into(name, module)
-        for key, anchor in self.anchors.items():
+        for key, anchor in [*self.anchors.items(), *self.heads.items()]:
             if key not in self.covered:
                 reason = anchor.refusal or self.reasons.get(key, "no call of it is seen in any forward")
                 self.plan.refused.append(Refused(anchor.name, type(anchor.module).__name__, reason))
@@ -94,7 +101,7 @@ class Planner:
             yield from self._walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
     def _look_into(self, name: str, module: nn.Module) -> None:
-        mine = [a for m in _held_by(module) if (a := self.anchors.get(id(m))) and not a.pattern.whole]
+        mine = [a for m in _held_by(module) if (a := self._begins(m)) is not None]
         forward = module.__dict__.get("forward")
         if forward is not None and not isinstance(forward, Bound):
             self._remember(mine, f"the forward of {type(module).__name__} was replaced on the instance")
@@ -106,11 +113,16 @@ class Planner:
         elif is_sequential(module):
             self._sequential(name, module)
         elif not str(type(module).forward.__module__).startswith("torch.") and any(
-            (a := self.anchors.get(id(m))) and not a.pattern.whole for m in module.modules()
+            self._begins(m) is not None for m in module.modules()
         ):
             for method in list(methods_reached(module)):
                 self._method(name, module, method, mine)
             self._remember(mine, f"no direct call of it is seen in the forward of {type(module).__name__}")
+
+    def _begins(self, module: nn.Module) -> Anchor | None:
+        """What this module is, if a chain of calls may begin with it."""
+        anchor = self.anchors.get(id(module))
+        return self.heads.get(id(module)) if anchor is None or anchor.pattern.whole else anchor
 
     def _remember(self, anchors: Sequence[Anchor], reason: str) -> None:
         for anchor in anchors:
@@ -122,13 +134,22 @@ class Planner:
         at = 0
         while at < len(children):
             key, child = children[at]
-            anchor = self.anchors.get(id(child))
+            anchor = self._begins(child)
             at += 1
-            if anchor is None or anchor.refusal or anchor.pattern.whole:
+            if anchor is None or anchor.refusal:
                 continue
             label = f"{name}.{key}" if name else key
             end = f"it ends {name or type(module).__name__}; what reads its value stands outside"
-            match = anchor.pattern.match(links[at - 1 :], end)
+            match: Match | str
+            if id(child) in self.heads:
+                following = self._led(anchor.pattern, links[at : at + 1])
+                match = (
+                    anchor.pattern.match(links[at - 1 :], end)
+                    if not isinstance(following, str)
+                    else following
+                )
+            else:
+                match = anchor.pattern.match(links[at - 1 :], end)
             self._found([anchor], match, module, name, "forward", key, label, type(module).__name__)
             if isinstance(match, Match):
                 at += match.length - 1
@@ -143,20 +164,65 @@ class Planner:
             return
         reading = Reading(read.tree)
         resolver = Resolver(owner, read, reading)
+        led = self._chains_with_heads(name, owner, method, reading, resolver)
         for call in reading.calls():
+            before = led.get(call, "")
+            if before is None:
+                continue
             called = [self.anchors[id(c)] for c in resolver.resolve(call.func) if id(c) in self.anchors]
             able = [anchor for anchor in called if not anchor.refusal and not anchor.pattern.whole]
             if not able:
                 continue
             chain = reading.chain(call)
+            if len(call.args) != 1 or call.keywords:
+                chain = f"it is called with more than one value (line {call.lineno})"
             if isinstance(chain, str):
                 self._remember(able, chain)
                 continue
             links = [static_link(link, resolver) for link in chain.links]
             match = able[0].pattern.match(links, chain.end)
-            label = able[0].name if len(able) == 1 else f"{able[0].name} ... {able[-1].name}"
+            if before and isinstance(match, Match):
+                match = match._replace(reason=f"{before}; {match.reason}")
             where = f"{type(owner).__name__}.{method}, line {call.lineno}"
-            self._found(able, match, owner, name, method, reading.place(call), label, where)
+            self._found(able, match, owner, name, method, reading.place(call), _label(able), where)
+
+    def _chains_with_heads(
+        self, name: str, owner: nn.Module, method: str, reading: Reading, resolver: Resolver
+    ) -> dict[ast.Call, str | None]:
+        """Finds the chains that begin before their anchor. Gives the calls of anchors that have something of
+        the kind before them, and why it is no part of a chain, or None where it is."""
+        led: dict[ast.Call, str | None] = {}
+        for call in reading.calls():
+            callees = resolver.resolve(call.func)
+            pattern = next((p for p in self.leading if callees and all(map(p.leads, callees))), None)
+            if pattern is None:
+                continue
+            heads = [self.heads[id(callee)] for callee in callees if id(callee) in self.heads]
+            chain = reading.chain(call)
+            if isinstance(chain, str):
+                self._remember(heads, chain)
+                continue
+            links = [static_link(link, resolver) for link in chain.links]
+            following = self._led(pattern, links[1:2]) if len(links) > 1 else chain.end
+            if isinstance(following, str):
+                self._remember(heads, following)
+                continue
+            match = pattern.match(links, chain.end)
+            where = f"{type(owner).__name__}.{method}, line {call.lineno}"
+            named = heads or following
+            self._found(named, match, owner, name, method, reading.place(call), _label(named), where)
+            led[chain.links[1].call] = match if isinstance(match, str) else None
+        return led
+
+    def _led(self, pattern: Pattern, following: Sequence[StaticLink]) -> Sequence[Anchor] | str:
+        """The anchors that a head is followed by, or why they are none of its pattern's."""
+        for link in following:
+            found = [self.anchors.get(id(callee)) for callee in link.callees]
+            able = [a for a in found if a is not None and a.pattern is pattern and a.refusal is None]
+            if able and len(able) == len(found):
+                return able
+            return f"{link.text} follows, which no chain goes on with"
+        return "nothing follows"
 
     def _found(
         self,
@@ -176,6 +242,10 @@ class Planner:
         self.plan.candidates.append(
             Candidate(owner, owner_name, method, key, anchors[0].pattern, match, label, where)
         )
+
+
+def _label(anchors: Sequence[Anchor]) -> str:
+    return anchors[0].name if len(anchors) == 1 else f"{anchors[0].name} ... {anchors[-1].name}"
 
 
 def make_plan(model: nn.Module, patterns: Sequence[Pattern]) -> Plan:

@@ -18,12 +18,13 @@ from interfuse import torch_state
 
 class Match(NamedTuple):
     """The first `length` links of a chain, and what they are in words. `enabled` is False for what pays only
-    where it is measured to."""
+    where it is measured to, `trains` for what does so in training alone."""
 
     length: int
     text: str
     enabled: bool
     reason: str  # why it ends there, and does not take more
+    trains: bool = True
 
 
 class StaticLink(NamedTuple):
@@ -51,7 +52,7 @@ class Call(NamedTuple):
 
     tensors: tuple[Any, ...]
     settings: dict[str, Any]
-    wrap: Callable[[Tensor], Any] = lambda tensor: tensor  # puts the first tensor into what the links take
+    wrap: Callable[[Sequence[Any]], Any] = lambda tensors: tensors[0]  # what the links take, from the tensors
     kind: Hashable = None  # what decides over kernels beside the first tensor, where a site's calls differ
 
 
@@ -70,6 +71,9 @@ class Pattern(Protocol):
 
     def anchors(self, module: nn.Module) -> bool:
         """Whether the report should speak of this module: a chain of this op may start with it."""
+
+    def leads(self, callee: object) -> bool:
+        """Whether a chain may begin with a call of this, right before an anchor's."""
 
     def refuse(self, module: nn.Module) -> str | None:
         """Why no chain can start with this anchor, whatever follows it."""
@@ -92,6 +96,9 @@ class Pattern(Protocol):
     def kernel(self, seen: Any) -> tuple[str | None, tuple[str, ...]]:
         """Which kernel runs a call like this one (None: only the reference does), and why others do not."""
 
+    def rather_not(self, seen: Any) -> str | None:
+        """Why a call like this one is better left to the model's own calls, where nobody measures them."""
+
 
 Trial = Callable[["Site", Sequence[LiveLink], Any], Any]
 
@@ -100,8 +107,10 @@ MOST_KINDS = 64  # of calls that a site remembers; more shapes than that, and it
 
 class Site:
     """Calls the fused op where it may, and the callees where it may not. `inference` and `training` say where
-    it was found to pay; `seen` is the last new kind of call in words, for the report. `weight_dtype`: what
-    weights may be rounded to in inference, by patterns whose calls have such a setting."""
+    it was found to pay; `seen` is the last new kind of call in words, for the report, and `declined` tells
+    that there was one which the op does not take. `weight_dtype`: what weights may be rounded to in
+    inference, by patterns whose calls have such a setting. `measured`: on example inputs, which then decide
+    over rules."""
 
     def __init__(
         self,
@@ -109,14 +118,20 @@ class Site:
         inference: bool = True,
         training: bool = True,
         weight_dtype: torch.dtype | None = None,
+        measured: bool = False,
     ):
         self.pattern = pattern
         self.weight_dtype = weight_dtype
         self.inference = inference
         self.training = training
+        self.measured = measured
         self.seen: Any = None
+        self.declined = False
         self.trial: Trial | None = None
         self._served: dict[Hashable, bool] = {}
+        self._plain: set[Hashable] = (
+            set()
+        )  # calls known to be the model's own, by what is quickly seen of them
 
     def __call__(self, links: Sequence[LiveLink], value: Any) -> Any:
         if self.trial is not None:
@@ -125,17 +140,31 @@ class Site:
         # What TorchScript and ONNX write down should be made of torch's own ops.
         if torch_state.is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             return run_plainly(links, value)
-        if not self.training and torch.is_grad_enabled() and getattr(value, "requires_grad", False):
+        if not self.training and torch.is_grad_enabled() and _may_be_trained(value):
             return run_plainly(links, value)  # known without asking the pattern, which takes longer
+        if compiling:
+            call = self.pattern.prepare(links, value)
+            if call is None or not self._stands(gradient := wants_gradient(call)):
+                return run_plainly(links, value)
+            return self.pattern.run(call if gradient else self.rounded(call))
+        sketch = _sketch(links, value)
+        if sketch in self._plain:
+            return run_plainly(links, value)
         call = self.pattern.prepare(links, value)
         if call is None:
+            self.declined = True
             return run_plainly(links, value)
         gradient = wants_gradient(call)
-        if not (self.training if gradient else self.inference):
-            return run_plainly(links, value)
-        if not compiling and not self.serves(call, gradient):
-            return run_plainly(links, value)
-        return self.pattern.run(call if gradient else self.rounded(call))
+        if self._stands(gradient) and self.serves(call, gradient):
+            return self.pattern.run(call if gradient else self.rounded(call))
+        if sketch is not None:
+            if len(self._plain) >= MOST_KINDS:
+                self._plain.clear()
+            self._plain.add(sketch)
+        return run_plainly(links, value)
+
+    def _stands(self, gradient: bool) -> bool:
+        return self.training if gradient else self.inference
 
     def rounded(self, call: Call) -> Call:
         """The call as inference makes it."""
@@ -153,11 +182,35 @@ class Site:
             if len(self._served) >= MOST_KINDS:
                 self._served.clear()
             self.seen = self.pattern.describe(call)
-            served = self._served[kind] = self.pattern.kernel(self.seen)[0] is not None
+            served = self.pattern.kernel(self.seen)[0] is not None and not self.rather_not()
+            self._served[kind] = served
         return served
+
+    def rather_not(self) -> str | None:
+        """Why the model's own calls are to run one like the last new kind, where it has not been measured."""
+        return None if self.measured else self.pattern.rather_not(self.seen)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"trial": None}
+
+
+def _may_be_trained(value: Any) -> bool:
+    """Whether a call on this value surely wants a gradient, or is of ids, which can have none themselves."""
+    if isinstance(value, Tensor):
+        return value.requires_grad or not value.is_floating_point()
+    return isinstance(value, (list, tuple)) and any(isinstance(t, Tensor) and t.requires_grad for t in value)
+
+
+def _sketch(links: Sequence[LiveLink], value: Any) -> Hashable:
+    """What decides over a call, as far as it shows without asking the pattern: to see that it is the model's
+    own must not take longer than that is worth. None where the value is no plain tensor."""
+    if type(value) is not Tensor:
+        return None
+    found = [value.shape, value.dtype, value.device, value.requires_grad, torch.is_grad_enabled()]
+    for _, arguments, keywords in links:
+        for given in (arguments, keywords.values()) if keywords else (arguments,):
+            found += [t.shape for t in given if type(t) is Tensor]
+    return tuple(found)
 
 
 def wants_gradient(call: Call) -> bool:

@@ -26,6 +26,7 @@ class Entry:
     left: dict[str, str] = field(default_factory=dict)
     own_in_training: list[str] = field(default_factory=list)  # torch's own functions are faster there
     idle: list[str] = field(default_factory=list)  # fused in a Sequential whose own forward nobody calls
+    in_inference: list[str] = field(default_factory=list)  # fused there alone
 
     def build(self, scale: int = 1) -> tuple[nn.Module, tuple[Any, ...]]:
         """The model at 8 channels and a batch of 3, times the scale."""
@@ -128,7 +129,12 @@ ENTRIES: dict[str, Entry] = {
         each(tokens(40, 4, 6), mixed(6, 4)),
         ["sentence_rnn", "word_rnn"],
     ),
-    "translator": Entry(sequences.Translator, each(tokens(30, 8), tokens(25, 5)), ["decoder", "encoder"]),
+    "translator": Entry(
+        sequences.Translator,
+        each(tokens(30, 8), tokens(25, 5)),
+        ["decoder", "encoder"],
+        {"embedding": "Dropout follows"},
+    ),
     "vqa": Entry(fusion.VQA, each(floats(3, 16, 16), tokens(30, 7)), ["cnn.0", "cnn.3", "qst_encoder.lstm"]),
     "show_attend_tell": Entry(
         fusion.ShowAttendTell,
@@ -140,12 +146,15 @@ ENTRIES: dict[str, Entry] = {
         fusion.TensorFusion, each(floats(5), floats(7), floats(6, 16)), ["text_subnet.rnn"]
     ),
     "low_rank_fusion": Entry(fusion.LowRankFusion, each(floats(5), floats(6, 16)), ["text_subnet.rnn"]),
-    "gated_unit": Entry(fusion.GatedMultimodalUnit, each(floats(3, 12, 12), floats(12)), ["image.0"]),
+    "gated_unit": Entry(
+        fusion.GatedMultimodalUnit, each(floats(3, 12, 12), floats(12)), ["image.0"], in_inference=["gate"]
+    ),
     "film": Entry(
         fusion.FiLM,
         each(floats(3, 16, 16), tokens(20, 6)),
         ["blocks.0.conv1", "blocks.1.conv1", "classifier.0", "gru", "stem.0", "stem.2"],
         {"blocks.0.conv2": NORMALISED},
+        in_inference=["embedding"],
     ),
     "mult": Entry(
         fusion.MulT,
@@ -157,11 +166,13 @@ ENTRIES: dict[str, Entry] = {
         lambda n: (torch.randn(5, n, 12),),
         [],
         {"lstm_l": ONE_STEP, "lstm_a": ONE_STEP},
+        in_inference=["out"],
     ),
     "late_fusion": Entry(
         fusion.LateFusion,
         each(floats(3, 16, 16), tokens(25, 8), mixed(8), floats(4, 20)),
         ["audio.0", "image.conv", "text"],
+        in_inference=["text_head"],
     ),
     "early_fusion": Entry(fusion.EarlyFusion, each(floats(7, 10), floats(7, 6), floats(3)), ["lstm"]),
     "autoencoder": Entry(
