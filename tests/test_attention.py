@@ -142,6 +142,26 @@ def test_nan_and_infinity_stay_in_their_rows(name: str, where: str, value: float
         assert torch.equal(a[:, 0], undisturbed[:, 0])  # the other head
 
 
+@pytest.mark.parametrize("where", ["q", "v"])
+@pytest.mark.parametrize("name", ["plain", "long"])
+def test_gradients_of_nan_and_infinity_are_those_of_the_reference(name: str, where: str) -> None:
+    """On matrix units such a head is computed again by the vector units; nobody else's gradients change."""
+    call = oracle.make(BY_NAME[name])
+    leaves = call.leaves()
+    clean = torch.autograd.grad(call.run().sum(), leaves)
+    with torch.no_grad():
+        getattr(call, where)[0, 1, 4, 2] = float("inf")
+    ours = torch.autograd.grad(call.run().sum(), leaves)
+    truth_leaves, y, _, _ = call.truth()
+    truth = torch.autograd.grad(y.sum(), truth_leaves)
+    for a, b, undisturbed in zip(ours, truth, clean, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        finite = b.isfinite()
+        assert tolerance.error(a[finite], b[finite]) <= tolerance.attention(torch.float32)
+        assert torch.equal(a[:, 0], undisturbed[:, 0])  # the other head
+    assert any(a.isnan().any() for a in ours)
+
+
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     call = oracle.make(BY_NAME["two-blocks"])
     call.q, call.k = 40 * call.q, 40 * call.k

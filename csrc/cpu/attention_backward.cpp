@@ -9,6 +9,7 @@
 #include "common/scratch.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/attention_scores.h"
+#include "cpu/attention_split.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -118,7 +119,6 @@ class Worker {
     const int64_t all = tiles_per_head_ * p_.group();
     for (int64_t first = 0; first < all; first += tiles_) pass(piece, first, smaller(all - first, tiles_));
     store_keys(piece);
-    if (piece.part == 0 && a_.parts == 1) zero_padding(piece);
   }
 
  private:
@@ -131,15 +131,8 @@ class Worker {
     return {kv_head * p_.group() + index / tiles_per_head_, query, smaller(queries_here_ - query, kRows)};
   }
 
-  void zero_padding(const AttentionPiece& piece) {
-    for (int64_t head = piece.kv_head * p_.group(); head < (piece.kv_head + 1) * p_.group(); ++head)
-      for (int64_t query = queries_here_; query < p_.queries; ++query)
-        zero_row(p_.half, a_.grad_q, p_.grad_q.at(piece.batch, head) + query * p_.grad_q.row, p_.head_dim);
-  }
-
   void pass(const AttentionPiece& piece, int64_t first, int64_t count) {
     memset(grad_q_, 0, static_cast<size_t>(count * kRows * e_row_) * 4);
-    for (int64_t i = 0; i < count * kRows; ++i) offset_[i] = infinity(), delta_[i] = 0;
     for (int64_t t = 0; t < count; ++t) pack(piece, tile_at(piece.kv_head, first + t), t);
     const int64_t b = piece.batch;
     for (int64_t key = piece.begin; key < end_; key += kBlockKeys) {
@@ -162,24 +155,10 @@ class Worker {
     pack_rows(p_.half, q, rows_, q_rows_ + row * kPanel);
     pack_tiles(p_.half, grad, 1.f, grad_y_tiles_ + row * p_.value_dim);
     pack_rows(p_.half, grad, rows_, grad_y_rows_ + row * kPanel);
-    // A tile's missing rows are zeros with an offset that makes their probabilities zero.
+    // A tile's missing rows are zeros.
     zero_rows(tile.rows, p_.head_dim, q_rows_ + row * kPanel);
     zero_rows(tile.rows, p_.value_dim, grad_y_rows_ + row * kPanel);
-    const float* lse = a_.in.lse + (b * p_.heads + tile.head) * p_.queries + tile.query;
-    for (int64_t r = 0; r < tile.rows; r += kLanes) {
-      const int rows = static_cast<int>(smaller(tile.rows - r, kLanes));
-      Vec products[kLanes] = {};
-      for (int i = 0; i < rows; ++i) {
-        if (lse[r + i] == -infinity()) continue;  // attends to nothing
-        offset_[row + r + i] = lse[r + i] * kLog2E;
-        const int64_t at = y_at + (r + i) * p_.y.row;
-        products[i] = dot(p_.half, element(p_.half, a_.grad_y, at), element(p_.half, a_.in.y, at), p_.value_dim);
-      }
-      transpose(products);  // adding up a vector's lanes one by one would take longer than the products
-      Vec sum = products[0];
-      for (int lane = 1; lane < kLanes; ++lane) sum += products[lane];
-      store_first(delta_ + row + r, sum, rows);
-    }
+    row_states(p_, a_, b, tile.head, tile.query, tile.rows, kRows, offset_ + row, delta_ + row);
   }
 
   void zero_rows(int64_t rows, int64_t width, float* to) const {
@@ -278,17 +257,59 @@ void sum_parts(const Attention& p, const AttentionBackward& a, int thread, int t
   }
 }
 
-}  // namespace
-
-void attention_backward(const Attention& p, const AttentionBackward& a, AttentionWork& work) {
+void on_vector_units(const Attention& p, const AttentionBackward& a, AttentionWork& work) {
   parallel(work.threads, [&](int, int) {
     Worker worker(p, a);
     for (;;) {
       const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
       if (at >= work.count) break;
       worker.run(work.pieces[at]);
+      zero_gradient_padding(p, a, work.pieces[at]);
     }
   });
+}
+
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+void piece_again(const Attention& p, const AttentionBackward& a, const AttentionPiece& piece) { Worker(p, a).run(piece); }
+#endif
+
+}  // namespace
+
+void zero_gradient_padding(const Attention& p, const AttentionBackward& a, const AttentionPiece& piece) {
+  if (piece.part || a.parts > 1) return;  // the sum of the parts writes it
+  const int64_t queries = a.in.q_lengths ? a.in.q_lengths[piece.batch] : p.queries;
+  for (int64_t head = piece.kv_head * p.group(); head < (piece.kv_head + 1) * p.group(); ++head)
+    for (int64_t query = queries; query < p.queries; ++query)
+      zero_row(p.half, a.grad_q, p.grad_q.at(piece.batch, head) + query * p.grad_q.row, p.head_dim);
+}
+
+void row_states(const Attention& p, const AttentionBackward& a, int64_t b, int64_t head, int64_t query, int64_t count,
+                int64_t padded, float* offset, float* delta) {
+  for (int64_t i = 0; i < padded; ++i) offset[i] = infinity(), delta[i] = 0;
+  const float* const lse = a.in.lse + (b * p.heads + head) * p.queries + query;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int rows = static_cast<int>(smaller(count - first, kLanes));
+    Vec products[kLanes] = {};
+    for (int i = 0; i < rows; ++i) {
+      if (lse[first + i] == -infinity()) continue;  // attends to nothing
+      offset[first + i] = lse[first + i] * kLog2E;
+      const int64_t at = p.y.at(b, head) + (query + first + i) * p.y.row;
+      products[i] = dot(p.half, element(p.half, a.grad_y, at), element(p.half, a.in.y, at), p.value_dim);
+    }
+    transpose(products);  // adding up a vector's lanes one by one would take longer than the products
+    Vec sum = products[0];
+    for (int lane = 1; lane < kLanes; ++lane) sum += products[lane];
+    store_first(delta + first, sum, rows);
+  }
+}
+
+void attention_backward(const Attention& p, const AttentionBackward& a, AttentionWork& work) {
+#if defined(INTERFUSE_SPLIT_PRODUCT)
+  if (on_matrix_units(p)) attention_backward_split(p, a, work, piece_again);
+  else on_vector_units(p, a, work);
+#else
+  on_vector_units(p, a, work);
+#endif
   if (a.parts > 1) parallel(work.threads, [&](int thread, int threads) { sum_parts(p, a, thread, threads); });
 }
 

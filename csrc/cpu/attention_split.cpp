@@ -9,7 +9,7 @@
 #include "common/matrix_units.h"
 #include "common/scratch.h"
 #include "cpu/attention_kernels.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention_split_tile.h"
 
 #if defined(INTERFUSE_SPLIT_PRODUCT)
 
@@ -27,9 +27,6 @@ constexpr int64_t kMostKeys = 256;  // of a block: 32 KiB of scores
 constexpr int64_t kBlockBytes = 768 << 10;
 constexpr int64_t kMostTiles = 32;
 constexpr int64_t kTileFloats = int64_t(1) << 17;  // of the query tiles of a pass, about
-
-// A 32 x 32 block is four tiles; where the sixteen floats of row r lie that belong to half `j`.
-INTERFUSE_INLINE int64_t at_row(int64_t r, int64_t j) { return (r / kSide * 2 + j) * kSide * kSide + r % kSide * kSide; }
 
 // Scores become exponentials and their pieces, the first factor of the weighted sum, some at a time.
 struct Softening {
@@ -136,13 +133,9 @@ class SplitWorker {
       for (int64_t step = 0; step < steps_; ++step) {
         const int64_t e = step * split::kDepth, left = p_.head_dim - e;
         const float* const from = q + r * p_.q.row + e;
-        split::cut_along(split::load_up_to(from, left) * factor, second_half(from, left) * factor,
+        split::cut_along(split::load_up_to(from, left) * factor, split::second_half(from, left) * factor,
                          to + (r / kSide * steps_ + step) * kStep + r % kSide * split::kDepth);
       }
-  }
-
-  static INTERFUSE_INLINE Vec second_half(const float* from, int64_t left) {
-    return left > kLanes ? split::load_up_to(from + kLanes, left - kLanes) : zero();
   }
 
   // Keys that are not there are left as they lie too.
@@ -155,7 +148,7 @@ class SplitWorker {
         for (int64_t r = 0; r < smaller(keys - first, kSide); ++r) {
           const float* const from = k + (first + r) * p_.k.row + e;
           __builtin_prefetch(from + kWide * p_.k.row);  // heads are narrow pieces of long rows
-          split::cut_along(split::load_up_to(from, left), second_half(from, left), to + r * split::kDepth);
+          split::cut_along(split::load_up_to(from, left), split::second_half(from, left), to + r * split::kDepth);
         }
         split::turn(to);
       }
@@ -237,14 +230,7 @@ class SplitWorker {
   }
 
   void mask(int64_t b, const Tile& tile, int64_t key, int64_t keys, float* scores) {
-    const int64_t padded = tile.pairs * kWide;
-    if (p_.mask == INTERFUSE_MASK_NONE && !p_.causal && keys >= padded) return;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t query = tile.query + r, most = keys_read(p_, query, key, keys);
-      for (int64_t at = p_.mask == INTERFUSE_MASK_NONE ? most / kSide * kSide : 0; at < padded; at += kSide)
-        apply_mask(mask_row(p_, a_.mask, b, tile.head, query, key + at), scores + at / kWide * kSums + at_row(r, at / kSide % 2),
-                   smaller(greater(most - at, 0), kSide), kSide);
-    }
+    mask_scores(p_, a_.mask, {b, tile.head, tile.query, tile.rows}, key, keys, tile.pairs, scores);
   }
 
   // The running maxima, and what they make of the sums so far.

@@ -72,23 +72,28 @@ INTERFUSE_INLINE Pieces pieces(Vec x) {
   return p;
 }
 
-// The pieces of 32 numbers along the depth, one row of each piece's tile.
-INTERFUSE_INLINE void cut_along(Vec first, Vec second, uint16_t* to) {
+// The other sixteen of up to 32 floats.
+INTERFUSE_INLINE Vec second_half(const float* from, int64_t count) {
+  return count > kLanes ? load_up_to(from + kLanes, count - kLanes) : zero();
+}
+
+// 32 numbers along the depth, one row of each piece's tile.
+INTERFUSE_INLINE void store_along(const Pieces& a, const Pieces& b, uint16_t* to) {
   alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i upper = _mm512_load_si512(kUpper);
-  const Pieces a = pieces(first), b = pieces(second);
   for (int i = 0; i < 3; ++i)
     _mm512_store_si512(to + i * kTile, _mm512_permutex2var_epi16(a.bits[i], upper, b.bits[i]));
 }
+INTERFUSE_INLINE void cut_along(Vec first, Vec second, uint16_t* to) { store_along(pieces(first), pieces(second), to); }
 
-// The pieces of two neighbours in depth, sixteen numbers across: the second factor has them in pairs.
-INTERFUSE_INLINE void cut_across(Vec first, Vec second, uint16_t* to) {
-  const Pieces a = pieces(first), b = pieces(second);
+// Two neighbours in depth, sixteen numbers across: the second factor has them in pairs.
+INTERFUSE_INLINE void store_across(const Pieces& a, const Pieces& b, uint16_t* to) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int i = 0; i < 3; ++i)
     _mm512_store_si512(to + i * kTile, _mm512_or_si512(_mm512_srli_epi32(a.bits[i], 16), _mm512_and_si512(b.bits[i], upper)));
 }
+INTERFUSE_INLINE void cut_across(Vec first, Vec second, uint16_t* to) { store_across(pieces(first), pieces(second), to); }
 
 // A step of a panel cut along turned into one of the second factor's: its pairs, transposed.
 INTERFUSE_INLINE void turn(uint16_t* step) {
