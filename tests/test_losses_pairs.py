@@ -266,8 +266,18 @@ def true_pairs(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     return contrastive(x, y, LABELS.to(x.dtype), 9.0, reduction).square().sum()
 
 
+def chosen(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    return info_nce(x, y, 0.5, reduction=reduction).square().sum()
+
+
+def true_chosen(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    return similarities(x, y, 0.5, True, True, reduction).square().sum()
+
+
 TARGET, LABELS = draw(6, 17, seed=5).sigmoid(), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.0])
-EACH = pytest.mark.parametrize(("ours", "right"), [(bce, true_bce), (pairs, true_pairs)])
+EACH = pytest.mark.parametrize(
+    ("ours", "right"), [(bce, true_bce), (pairs, true_pairs), (chosen, true_chosen)]
+)
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -78,7 +78,7 @@ def contrastive_loss(
         )
     if target.requires_grad:
         raise fail("the target is a constant and gets no gradient; pass target.detach().", op)
-    if not (isinstance(margin, (int, float)) and math.isfinite(margin) and margin >= 0):
+    if not (isinstance(margin, (int, float)) and 0 <= margin < math.inf):
         raise fail(f"margin must be a finite number that is not negative; got {margin!r}.", op)
     dtype = _computed_in(input1)
     rows = [x.reshape(-1, x.shape[-1]) for x in (input1, input2)]
@@ -122,7 +122,7 @@ def info_nce(
         if temperature.numel() != 1:
             raise fail(f"the temperature must have one element; got {tuple(temperature.shape)}.", op)
         temperature = temperature.reshape(())
-    elif not (math.isfinite(temperature) and temperature > 0):
+    elif not 0 < temperature < math.inf:
         raise fail(f"the temperature must be a finite number above 0; got {temperature!r}.", op)
     no_features = input1.shape[1] == 0
     if eager.is_short(backend, reduction) and eager.is_dense(input1, input2) and not no_features:
