@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from interfuse import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,6 +71,59 @@ def test_the_other_pages_are_run_elsewhere() -> None:
     for page, test in TESTED_WITH_ITS_SUBJECT.items():
         assert Path(page).stem in (ROOT / "tests" / test).read_text(encoding="utf-8")
         assert snippets(ROOT / "docs" / page)
+
+
+def commands(first: str) -> list[tuple[str, str]]:
+    """What the pages say to type that starts with this word, in lines of their own or in the text: (page,
+    command)."""
+    found = []
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        prose = re.sub(r"```\w+\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        typed = re.findall(r"^    (.+?)(?: +#.*)?$", prose, re.MULTILINE)
+        typed += [" ".join(quoted.split()) for quoted in re.findall(r"`([^`]+)`", prose)]
+        found += [(page.name, line) for line in typed if line.split()[:1] == [first] and " " in line]
+    assert found, first
+    return found
+
+
+def is_understood(line: str) -> bool:
+    _, command, *arguments = shlex.split(line)
+    if command == "explain" and not arguments:
+        return True  # the command's name alone
+    try:
+        cli.parser().parse_args([command, *arguments])
+    except SystemExit:
+        return False
+    return True
+
+
+def test_the_commands_of_the_pages_exist() -> None:
+    """What they do is tested in test_cli.py and test_bench.py."""
+    for page, line in commands("interfuse"):
+        assert is_understood(line), f"{page}: {line}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page, line in commands("make"):
+        assert line.split()[1] in targets, f"{page}: {line}"
+    for page, line in commands("python"):
+        _, script, *more = line.split()
+        exists = importlib.util.find_spec(more[0]) if script == "-m" else (ROOT / script).is_file()
+        assert exists, f"{page}: {line}"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for page, line in commands("pip"):
+        for extra in re.findall(r"interfuse\[(\w+)\]", line):
+            assert f"\n{extra} = [" in project, f"{page}: {line}"
+
+
+def test_the_settings_of_the_build_are_those_of_cmake() -> None:
+    text = (ROOT / "docs/embedding.md").read_text(encoding="utf-8")
+    sources = [ROOT / "CMakeLists.txt", *sorted((ROOT / "cmake").glob("*.cmake"))]
+    known = "".join(path.read_text(encoding="utf-8") for path in sources)
+    for option in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
+        assert re.search(rf"\b{option}\b", known), option
+    (snippet,) = re.findall(r"```cmake\n(.*?)```", text, re.DOTALL)
+    example = (ROOT / "examples/embed/CMakeLists.txt").read_text(encoding="utf-8")
+    for line in snippet.splitlines():  # of the example, which test_packaging.py builds
+        assert line.replace("(app ", "(embed ") in example
 
 
 def milliseconds(seconds: float) -> str:
