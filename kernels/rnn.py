@@ -147,26 +147,27 @@ def run_backward(
             found[place] = torch.empty_like(states)
     with on_device_of(x):
         layers, parts = plan.kept(p, y, reserve), walks.parts(p, True)
-        grad_ys: list[Tensor | None] = [None if grad_y is None else grad_y.contiguous()]  # of the next layer
+        grad = None if grad_y is None else grad_y.contiguous()  # of what the next layer gave
         at_work: dict[int, _LayerBack] = {}
 
         def begin(number: int) -> None:
+            nonlocal grad
             own = slice(number * p.directions, (number + 1) * p.directions)
             h0_, c0_, hn_, cn_, *out = (
                 None if t is None else t[own].contiguous() for t in (h0, c0, grad_hn, grad_cn, *found[1:3])
             )
             cn_ = cn_ if p.cell == "lstm" else None
             runs, (grads, grad_out) = plan.run_weights(p, weights, number), empty_token_gradients(p)
-            given = (lengths, h0_, c0_, grad_ys.pop(), hn_, cn_)
-            if number > 0 or mask[0]:
-                shape = (p.batch * p.steps, p.layer_input(number))
-                grad_ys.append(torch.empty(shape, dtype=p.dtype, device=p.device))
+            given = (lengths, h0_, c0_, grad, hn_, cn_)
+            below = (p.batch * p.steps, p.layer_input(number))
+            wanted = number > 0 or mask[0]
+            grad = torch.empty(below, dtype=p.dtype, device=p.device) if wanted else None
             walk = (p, runs, layers[number], *given, grads, grad_out, *out)
             at_work[number] = _LayerBack(
                 walk,
                 walks.memory(p, True),
                 input_weights(p, runs),
-                grad_ys[-1] if grad_ys else None,
+                grad,
                 h0_,
                 grads,
                 grad_out,
@@ -199,8 +200,8 @@ def run_backward(
             rnn_overlap.run(rnn_overlap.tasks_of(together, parts[::-1], work), p.device)
             for number in together:
                 finish(number)
-    if grad_ys and grad_ys[0] is not None:
-        found[0] = grad_ys[0].view(p.sequence_shape(p.input_size))
+    if grad is not None:
+        found[0] = grad.view(p.sequence_shape(p.input_size))
     return found
 
 

@@ -73,6 +73,14 @@ LEARNERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+ALONE: dict[str, Callable[[], nn.Module]] = {
+    "image": lambda: models.cnn((3, 24, 24), 2, channels=CHANNELS, width=WIDTH),
+    "text": lambda: models.rnn((None,), 2, **TEXT, hidden=HIDDEN, num_layers=1),
+    "video": lambda: models.cnn3d((3, 22, 22, 22), 2, channels=CHANNELS, width=WIDTH),
+    "audio": lambda: models.lstm((None, FEATURES), 2, hidden=HIDDEN, num_layers=1),
+}
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_image_and_text_together(name: str) -> None:
     assert learn(LEARNERS[name], image_text(), epochs=16)[1] >= ENOUGH
@@ -109,9 +117,7 @@ def test_three_modalities_and_metadata_together() -> None:
 @pytest.mark.parametrize(
     ("names", "make"),
     [
-        (("image",), lambda: models.cnn((3, 24, 24), 2, channels=CHANNELS, width=WIDTH)),
-        (("text",), lambda: models.rnn((None,), 2, **TEXT, hidden=HIDDEN, num_layers=1)),
-        (("audio",), lambda: models.lstm((None, FEATURES), 2, hidden=HIDDEN, num_layers=1)),
+        *(((name,), ALONE[name]) for name in ("image", "text", "audio")),
         (("image", "text"), lambda: models.image_text_fusion((3, 24, 24), 2, **TEXT, **SMALL)),
     ],
 )  # fmt: skip
@@ -121,13 +127,11 @@ def test_fewer_modalities_are_no_use(names: tuple[str, ...], make: Callable[[], 
     assert learn(make, (first.only(*names), second.only(*names)))[1] <= CHANCE
 
 
-def test_a_video_alone_is_no_use() -> None:
-    first, second = video_audio()
-
-    def make() -> nn.Module:
-        return models.cnn3d((3, 22, 22, 22), 2, channels=CHANNELS, width=WIDTH)
-
-    assert learn(make, (first.only("video"), second.only("video")), batch=16)[1] <= CHANCE
+@pytest.mark.parametrize("name", ALONE)
+def test_one_modality_of_two_is_no_use(name: str) -> None:
+    first, second = image_text() if name in ("image", "text") else video_audio()
+    settings = {} if name in ("image", "text") else {"batch": 16}
+    assert learn(ALONE[name], (first.only(name), second.only(name)), **settings)[1] <= CHANCE
 
 
 def test_late_fusion_cannot_learn_what_needs_both() -> None:

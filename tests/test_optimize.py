@@ -429,3 +429,21 @@ def test_data_parallel(wrapper: str, group: None, calls: Calls) -> None:
         assert p.grad is not None
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         torch.testing.assert_close(grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_reasons_read_well() -> None:
+    """Of kernels, and of what torch's own modules call."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(2), nn.Conv1d(32, 8, 3), nn.Tanh(),
+        nn.TransformerEncoderLayer(782, 2, 16, batch_first=True),
+    )  # fmt: skip
+    interfuse.optimize(model.eval(), torch.randn(1, 3, 32, 32), seconds=0.01)
+    interfuse.optimize(interfuse.restore(model))
+    model(torch.randn(1, 3, 32, 32))
+    rows = {row.site: row for row in interfuse.explain(model).rows}
+    assert rows["0"].kernel.startswith("native, direct (not winograd: a group has 3 input")
+    assert rows["0"].kernel.endswith("saved)")
+    assert rows["4"].kernel == "native, direct"
+    linear = "it is called by torch's own TransformerEncoderLayer, whose methods are left as they are"
+    assert rows["6.linear1"].reason == rows["6.linear2"].reason == linear
+    assert ".;" not in str(interfuse.explain(model))

@@ -31,6 +31,8 @@ from interfuse.torch_state import is_untouched
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from interfuse.ops._conv_pool_problem import ConvPoolProblem
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMALISATIONS = (
     nn.BatchNorm1d,
@@ -214,7 +216,7 @@ class ConvPool:
         before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
         why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
         if chosen.name == "native":
-            return "native, {}: {}".format(*native.describe(problem)), why_not
+            return _algorithm(problem), why_not
         return None if chosen.name == "reference" else chosen.name, why_not
 
     def rather_not(self, seen: Seen) -> str | None:
@@ -232,6 +234,14 @@ class ConvPool:
             f"torch's own functions train as fast where no pool follows and there are less than "
             f"{LEAST_PRODUCTS // 1_000_000} million products"
         )
+
+
+def _algorithm(problem: ConvPoolProblem) -> str:
+    """The core's, and why none before it in its table; in one dimension there is no other."""
+    name, why = native.describe(problem)
+    if problem.spatial == 1 or not why.startswith("Not "):
+        return f"native, {name}"
+    return f"native, {name} (n{why[1:].rstrip('.')})"
 
 
 def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bool:

@@ -118,6 +118,9 @@ class Planner:
             for method in list(methods_reached(module)):
                 self._method(name, module, method, mine)
             self._remember(mine, f"no direct call of it is seen in the forward of {type(module).__name__}")
+        elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            kind = type(module).__name__
+            self._remember(mine, f"it is called by torch's own {kind}, whose methods are left as they are")
 
     def _begins(self, module: nn.Module) -> Anchor | None:
         """What this module is, if a chain of calls may begin with it."""
