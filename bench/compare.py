@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +44,14 @@ class Settings:
 
 Report = dict[str, Any]
 Tick = Callable[[str], None]
+Answered = list[tuple[Any, dict[str, Any]]]  # workers, or what stands for them here, with their answers
 
 
 def run(op: str, cases: Sequence[str], settings: Settings, tick: Tick = lambda label: None) -> Report:
     """The report of a whole comparison; `tick` hears of every finished part (see `parts`)."""
     module = importlib.import_module(f"interfuse.bench.{op}")
+    together = getattr(module, "TOGETHER", False)
+    settings = dataclasses.replace(settings, kept_heap=settings.kept_heap and not together)
     peak = roofline.measure(settings.threads)
     tick("machine peak")
     report: Report = {
@@ -58,13 +62,15 @@ def run(op: str, cases: Sequence[str], settings: Settings, tick: Tick = lambda l
         "isa": module.isa(),
         "peak": dataclasses.asdict(peak),
         "settings": dataclasses.asdict(settings),
+        "together": together,
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             truth = os.path.join(folder, f"{case}.pt")
             torch.save(peers.truth(module.workload(case), settings.training), truth)
-            report["rows"].append(compare(op, case, truth, settings, peak, report["versions"], tick))
+            start = here if together else workers.started
+            report["rows"].append(compare(op, case, truth, settings, peak, report["versions"], start, tick))
     # A whole model has no single call of the core to set itself against.
     case = getattr(module, "OVERHEAD_CASE", None)
     report["overhead"] = {} if case is None else overhead(op, case, settings)
@@ -84,6 +90,7 @@ def compare(
     settings: Settings,
     peak: roofline.Peak,
     versions: dict[str, str],
+    start: Callable[..., contextlib.AbstractContextManager[Answered]],
     tick: Tick,
 ) -> Report:
     workload = importlib.import_module(f"interfuse.bench.{op}").workload(case)
@@ -96,9 +103,9 @@ def compare(
             row["missing"][spec.provider] = reason
         else:
             specs.append(spec)
-    with workers.started(specs, commands) as started:
+    with start(specs, commands) as started:
         tick(f"{case}: built")
-        able: list[workers.Worker] = []
+        able: list[Any] = []
         for worker, answer in started:
             name = worker.spec.provider
             reason = answer.get("why_not") or answer.get("failed")
@@ -116,14 +123,39 @@ def compare(
             )
             cost = workload.cost(training=mode == "training")
             row[mode] = {"others": disturbance(times), **judged(times, cost, peak)}
-    if settings.training:
+    if settings.training and start is workers.started:
         row["memory"] = memory(op, case, settings)
     tick(f"{case}: memory")
     return row
 
 
+@dataclasses.dataclass
+class Here:
+    """A provider in this very process, where all run on torch's threads and none spins beside another."""
+
+    spec: workers.Spec
+    session: peers.Session
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        return self.session.command(command)
+
+
+@contextlib.contextmanager
+def here(specs: Sequence[workers.Spec], commands: Sequence[dict[str, Any]]) -> Iterator[Answered]:
+    """What `workers.started` gives, without processes of their own."""
+    found: Answered = []
+    for spec in specs:
+        workload = importlib.import_module(f"interfuse.bench.{spec.op}").workload(spec.case)
+        session = peers.Session(workload, peers.PROVIDERS[spec.provider], spec.threads)
+        answer = session.prepare()
+        for command in commands:
+            answer |= session.command(command)
+        found.append((Here(spec, session), answer))
+    yield found
+
+
 def interleaved(
-    able: Iterable[workers.Worker], mode: str, settings: Settings, missing: dict[str, str], tick: Tick
+    able: Iterable[Any], mode: str, settings: Settings, missing: dict[str, str], tick: Tick
 ) -> dict[str, dict[str, Any]]:
     """{provider: {"default" or "kept_heap": spread of the rounds' medians}}, every provider once a round."""
     rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from interfuse.bench.compare import Here
     from interfuse.bench.workers import Worker
 
 TOO_MUCH = 0.1  # of all processors
@@ -32,7 +33,7 @@ def share_of_others(before: tuple[int, int], after: tuple[int, int], own_seconds
     return min(1.0, max(0.0, used - own) / max(1, idle + used))
 
 
-def ask(worker: Worker, patience: int, **command: Any) -> dict[str, Any]:
+def ask(worker: Worker | Here, patience: int, **command: Any) -> dict[str, Any]:
     """The worker's answer, with the share of the machine that others had meanwhile as `others`.
 
     Up to `patience` times an answer that was disturbed is waited out and asked for again; the least disturbed

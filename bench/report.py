@@ -65,13 +65,14 @@ def text(report: Report, bars: Sequence[Bar] = ()) -> str:
 def heading(report: Report) -> str:
     machine, peak, settings = report["machine"], report["peak"], report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items()))
+    alone = "All ran in one process" if report["together"] else "Every provider ran alone in its own process"
     return (
         f"{report['op']} on {machine['processor']} ({machine['cores']} cores: {' '.join(machine['flags'])}), "
         f"{settings['threads']} threads, interfuse's instruction set: {report['isa']}\n"
         f"{versions}\n"
         f"machine peak: {peak['operations'] / 1e9:.0f} GFLOP/s, {peak['bytes'] / 1e9:.0f} GB/s "
         f"({peak['method']})\n"
-        f"Every provider ran alone in its own process; medians of {settings['rounds']} interleaved rounds. "
+        f"{alone}; medians of {settings['rounds']} interleaved rounds. "
         "cl: channels_last.\n"
         "a|b: under malloc's defaults | with a malloc that keeps its memory."
     )

@@ -20,6 +20,7 @@ import interfuse
 
 # "interfuse": with example inputs, which measures every site; "interfuse_optimized": without.
 PROVIDERS = ("interfuse", "interfuse_optimized", "eager")
+TOGETHER = True  # in one process, one after the other: it is torch's threads that all of them run on
 SCALE = 4  # of widths and batch, over those of the tests
 
 
@@ -88,23 +89,27 @@ class ZooWorkload:
 
 
 NOT_SLOWER = 0.97
+WAYS = {"interfuse": "with example inputs", "interfuse_optimized": "without"}
 
 
 def bars(report: dict[str, Any]) -> list[Bar]:
-    """A model that was optimised with example inputs is never slower than it was."""
-    return [
-        Bar(f"{mode}, {row['case']}, optimised over eager", NOT_SLOWER, ratio(row, mode), at_least=True)
-        for row in report["rows"]
-        for mode in ("inference", "training")
-    ]
+    """No model is slower than it was, however it was optimised: the lowest ratio of all stands for them."""
+    found = []
+    for provider, way in WAYS.items():
+        for mode in ("inference", "training"):
+            ratios = {row["case"]: ratio(row, mode, provider) for row in report["rows"]}
+            least = min(ratios, key=lambda case: ratios[case] or 0.0)  # one without a figure is the least
+            name = f"{mode}, optimised {way}: the lowest of {len(ratios)} models, {least}, over eager"
+            found.append(Bar(name, NOT_SLOWER, ratios[least], at_least=True))
+    return found
 
 
-def ratio(row: dict[str, Any], mode: str) -> float | None:
-    """How many times as long the model takes as it was, with the same malloc."""
+def ratio(row: dict[str, Any], mode: str, provider: str) -> float | None:
+    """How many times as long the model took as it was."""
     times = row.get(mode, {}).get("times", {})
-    if any("default" not in times.get(name, {}) for name in ("interfuse", "eager")):
+    if any("default" not in times.get(name, {}) for name in (provider, "eager")):
         return None
-    return times["eager"]["default"]["median"] / times["interfuse"]["default"]["median"]
+    return float(times["eager"]["default"]["median"] / times[provider]["default"]["median"])
 
 
 # --- pytest-benchmark --------------------------------------------------------------------------------------

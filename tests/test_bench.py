@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -324,12 +325,23 @@ def test_the_zoo_is_compared_with_itself(tmp_path: pathlib.Path) -> None:
     assert cli.main(arguments) == 0
     saved = json.loads((tmp_path / "bench_zoo.json").read_text())
     bars = zoo.bars(saved)
-    assert [bar.name.split(",")[0] for bar in bars] == ["inference", "training"]
+    assert [bar.name.split(":")[0] for bar in bars] == [
+        f"{mode}, optimised {way}"
+        for way in ("with example inputs", "without")
+        for mode in ("inference", "training")
+    ]
     for bar in bars:
+        assert "vqa@tiny" in bar.name
         assert bar.measured is not None
         assert bar.measured > 0
+    slow = copy.deepcopy(saved["rows"][0]) | {"case": "slow"}
+    slow["inference"]["times"]["interfuse_optimized"]["default"]["median"] *= 100
+    saved["rows"].append(slow)
+    bar = zoo.bars(saved)[2]
+    assert "slow" in bar.name
+    assert not bar.met
     del saved["rows"][0]["training"]
-    assert [bar.met for bar in zoo.bars(saved)][1:] == [False]
+    assert [bar.met for bar in zoo.bars(saved)][1::2] == [False, False]
 
 
 def test_a_quick_sweep(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ has changed (a hook, a replaced module, another kind of tensor), they are called
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -102,6 +103,7 @@ class Pattern(Protocol):
 
 Trial = Callable[["Site", Sequence[LiveLink], Any], Any]
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 MOST_KINDS = 64  # of calls that a site remembers; more shapes than that, and it starts anew
 
 
@@ -129,11 +131,18 @@ class Site:
         self.declined = False
         self.trial: Trial | None = None
         self._served: dict[Hashable, bool] = {}
-        self._plain: set[Hashable] = (
-            set()
-        )  # calls known to be the model's own, by what is quickly seen of them
+        self._plain: set[Hashable] = set()  # calls known to be the model's own, by their sketches
+
+    def leaves(self, value: Any, arguments: Sequence[Any] = (), keywords: Mapping[str, Any] = NONE) -> bool:
+        """Whether calls like this one are known to be the model's own. This is short, since a small model's
+        calls take not much longer than Python's code that asks, which is in no cache when they come."""
+        if not self._plain or torch.compiler.is_compiling():
+            return False
+        return _sketch(value, arguments, keywords) in self._plain
 
     def __call__(self, links: Sequence[LiveLink], value: Any) -> Any:
+        if self.leaves(value, *links[-1][1:]):
+            return run_plainly(links, value)
         if self.trial is not None:
             return self.trial(self, links, value)
         compiling = torch.compiler.is_compiling()
@@ -147,9 +156,6 @@ class Site:
             if call is None or not self._stands(gradient := wants_gradient(call)):
                 return run_plainly(links, value)
             return self.pattern.run(call if gradient else self.rounded(call))
-        sketch = _sketch(links, value)
-        if sketch in self._plain:
-            return run_plainly(links, value)
         call = self.pattern.prepare(links, value)
         if call is None:
             self.declined = True
@@ -157,6 +163,7 @@ class Site:
         gradient = wants_gradient(call)
         if self._stands(gradient) and self.serves(call, gradient):
             return self.pattern.run(call if gradient else self.rounded(call))
+        sketch = _sketch(value, *links[-1][1:])
         if sketch is not None:
             if len(self._plain) >= MOST_KINDS:
                 self._plain.clear()
@@ -201,16 +208,22 @@ def _may_be_trained(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(t, Tensor) and t.requires_grad for t in value)
 
 
-def _sketch(links: Sequence[LiveLink], value: Any) -> Hashable:
-    """What decides over a call, as far as it shows without asking the pattern: to see that it is the model's
-    own must not take longer than that is worth. None where the value is no plain tensor."""
+def _sketch(value: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Hashable:
+    """What mostly decides over a call, as far as it shows at a glance: of the value, or the first of several,
+    and of the first tensor beside it. None where the value is no plain tensor. An error costs speed alone."""
+    lead = None
+    if type(value) is list and value:
+        lead = tuple([getattr(t, "shape", None) for t in value])
+        value = value[0]
     if type(value) is not Tensor:
         return None
-    found = [value.shape, value.dtype, value.device, value.requires_grad, torch.is_grad_enabled()]
-    for _, arguments, keywords in links:
-        for given in (arguments, keywords.values()) if keywords else (arguments,):
-            found += [t.shape for t in given if type(t) is Tensor]
-    return tuple(found)
+    beside = None
+    for t in (*arguments, *keywords.values()) if keywords else arguments:
+        if type(t) is Tensor:
+            beside = t.shape
+            break
+    gradient = torch.is_grad_enabled()
+    return lead or value.shape, beside, value.dtype, value.is_cpu, gradient, gradient and value.requires_grad
 
 
 def wants_gradient(call: Call) -> bool:
