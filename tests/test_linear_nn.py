@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tolerance
@@ -14,6 +14,9 @@ from torch.nn.utils import parametrize
 
 from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
 from interfuse.ops import _linear_eager as eager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -147,6 +150,96 @@ def test_a_chain_without_gradients_is_one_call(monkeypatch: pytest.MonkeyPatch) 
     chain(x).sum().backward()
     assert all(p.grad is not None for p in chain.parameters())
     assert calls == [3]
+
+
+def _forward_hook(chain: DenseChain) -> None:
+    chain[1].register_forward_hook(lambda _m, _a, y: y + 1)
+
+
+def _pre_hook(chain: DenseChain) -> None:
+    chain[0].register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+
+
+def _own_forward(chain: DenseChain) -> None:
+    chain[1].forward = lambda x: FusionLinear.forward(chain[1], x) + 1
+
+
+class _Other(FusionLinear):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(*inputs) + 1
+
+
+def _other_type(chain: DenseChain) -> None:
+    chain[1].__class__ = _Other
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def _parametrized(chain: DenseChain) -> None:
+    parametrize.register_parametrization(chain[1], "weight", _Twice())
+
+
+def _other_activation(chain: DenseChain) -> None:
+    chain[1].activation = "tanh"
+
+
+def _other_weight(chain: DenseChain) -> None:
+    chain[1].weight = nn.Parameter(2 * chain[1].weight.detach())
+
+
+def _weight_of_columns(chain: DenseChain) -> None:
+    chain[1].weight.data = 2 * chain[1].weight.t().contiguous().t()
+
+
+def _no_bias(chain: DenseChain) -> None:
+    chain[1].bias = None
+
+
+def _other_layer(chain: DenseChain) -> None:
+    chain[1] = FusionLinear(32, 16)
+
+
+def _in_place(chain: DenseChain) -> None:
+    chain[1].weight.data.mul_(2)
+
+
+CHANGES = [
+    _forward_hook, _pre_hook, _own_forward, _other_type, _parametrized, _other_activation, _other_weight,
+    _weight_of_columns, _no_bias, _other_layer, _in_place,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_chain_called_before_sees_what_has_changed_since(change: Callable[[DenseChain], None]) -> None:
+    chain, x = siamese(), torch.randn(4, 64)
+    with torch.no_grad():
+        before = chain(x)
+        assert eager.run_modules((x,), chain._modules) is not None  # the way of a call made before
+        change(chain)
+        y = x
+        for layer in chain:
+            y = layer(y)
+        assert torch.equal(chain(x), y)
+        assert not torch.equal(y, before)
+
+
+def test_a_chain_called_before_sees_hooks_of_all_modules_and_what_stands_in_for_its_weights() -> None:
+    chain, x = siamese(), torch.randn(4, 64)
+    doubled = {name: 2 * p.detach() for name, p in chain.named_parameters()}
+    other = copy.deepcopy(chain)
+    other.load_state_dict(doubled)
+    seen: list[nn.Module] = []
+    with torch.no_grad():
+        expected = [chain(x) for _ in range(3)][-1]
+        handle = nn.modules.module.register_module_forward_hook(lambda m, _a, _y: seen.append(m))
+        assert torch.equal(chain(x), expected)
+        handle.remove()
+        assert seen == [*chain, chain]
+        assert torch.equal(torch.func.functional_call(chain, doubled, (x,)), other(x))
+        assert torch.equal(chain(x), expected)
 
 
 def test_a_chain_of_mixed_weights_and_several_inputs() -> None:

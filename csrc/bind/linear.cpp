@@ -96,16 +96,59 @@ void linear_backward(const LinearDesc& desc, uintptr_t grad_y, const std::vector
   raise(status);
 }
 
+// What makes a module's call the same as that of its forward's kernel: its very type, that type's forward, and nobody's
+// hooks, its own or those of all modules (torch_state.is_untouched asks the same in Python, at three times the price).
+class Untouched {
+ public:
+  struct Layer {
+    PyObject *weight, *bias, *activation, *slope;  // borrowed from the module
+  };
+
+  explicit Untouched(const py::tuple& given) : kind_(given[0]), forward_(given[1]), hooks_(given[2].cast<py::tuple>()) {}
+
+  // 1 and the layer, 0 where it is to be called in another way, -1 with an exception set.
+  int layer(PyObject* module, Layer& found) const {
+    static PyObject* const no_forward = PyUnicode_InternFromString("forward");
+    static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
+    static PyObject* const names[] = {PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias"),
+                                      PyUnicode_InternFromString("activation"), PyUnicode_InternFromString("negative_slope")};
+    static PyObject* const own[] = {
+        PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
+        PyUnicode_InternFromString("_backward_hooks"), PyUnicode_InternFromString("_backward_pre_hooks")};
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind_.ptr()) return 0;
+    const py::object state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+    const py::object forward = py::reinterpret_steal<py::object>(PyObject_GetAttr(kind_.ptr(), no_forward));
+    if (!state || !forward) return -1;
+    const auto at = [](PyObject* dict, PyObject* name) { return PyDict_GetItemWithError(dict, name); };
+    if (forward.ptr() != forward_.ptr() || at(state.ptr(), no_forward)) return 0;
+    for (PyObject* const name : own)
+      if (!is_empty(at(state.ptr(), name))) return 0;
+    for (const py::handle& all : hooks_)
+      if (!is_empty(all.ptr())) return 0;
+    PyObject* const held = at(state.ptr(), parameters);
+    if (!held || !PyDict_Check(held)) return 0;
+    found = {at(held, names[0]), at(held, names[1]), at(state.ptr(), names[2]), at(state.ptr(), names[3])};
+    return found.weight && found.bias && found.activation && found.slope;
+  }
+
+ private:
+  static bool is_empty(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0; }
+
+  py::object kind_, forward_;
+  py::tuple hooks_;
+};
+
 // One inference call of a chain of layers as it was made once; see ConvPoolCall. A layer is (weight, bias, scale,
-// arguments), and its arguments must be equal to the first call's.
+// arguments), and its arguments must be equal to the first call's; or all layers are the values of a dictionary of modules.
 class LinearCall {
  public:
   static constexpr Py_ssize_t kArguments = 3;
   static constexpr const char* kDoc = "run takes inputs, layers and threads";
 
   LinearCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::list& descs,
-             const py::tuple& inputs, const py::list& layers, const py::tuple& size, const py::tuple& strides)
-      : like_(exchange, watchers, types), held_(descs), size_(size), strides_(strides) {
+             const py::tuple& inputs, const py::list& layers, const py::tuple& size, const py::tuple& strides,
+             const py::tuple& untouched)
+      : like_(exchange, watchers, types), untouched_(untouched), held_(descs), size_(size), strides_(strides) {
     if (inputs.empty() || layers.empty() || descs.size() != layers.size())
       throw py::value_error("linear: a call is made of at least one input, and of a LinearDesc for each of its layers.");
     for (const py::handle& desc : descs) plans_.push_back(desc.cast<const LinearDesc&>().plan());
@@ -119,9 +162,10 @@ class LinearCall {
 
   PyObject* run(PyObject* const* args, int threads) const {
     if (const int watched = like_.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
-    if (!(PyTuple_CheckExact(args[0]) || PyList_CheckExact(args[0])) || !PyList_CheckExact(args[1])) Py_RETURN_NONE;
+    const bool modules = PyDict_CheckExact(args[1]);
+    if (!(PyTuple_CheckExact(args[0]) || PyList_CheckExact(args[0])) || !(modules || PyList_CheckExact(args[1]))) Py_RETURN_NONE;
     if (PySequence_Fast_GET_SIZE(args[0]) != static_cast<Py_ssize_t>(inputs_.size()) ||
-        PyList_GET_SIZE(args[1]) != static_cast<Py_ssize_t>(layers_.size()))
+        (modules ? PyDict_GET_SIZE(args[1]) : PyList_GET_SIZE(args[1])) != static_cast<Py_ssize_t>(layers_.size()))
       Py_RETURN_NONE;
     PyObject* const* given = PySequence_Fast_ITEMS(args[0]);
     std::vector<void*> from(inputs_.size());
@@ -130,17 +174,13 @@ class LinearCall {
       if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
     }
     std::vector<interfuse_linear_weights> weights(layers_.size());
+    Py_ssize_t place = 0;
     for (size_t i = 0; i < layers_.size(); ++i) {
-      PyObject* const layer = PyList_GET_ITEM(args[1], static_cast<Py_ssize_t>(i));
-      if (!PyTuple_CheckExact(layer) || PyTuple_GET_SIZE(layer) != 4) Py_RETURN_NONE;
-      void* data[3];
-      for (int k = 0; k < 3; ++k) {
-        const int fits = like_.address(PyTuple_GET_ITEM(layer, k), layers_[i].expected[k], &data[k]);
-        if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
-      }
-      const int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(layer, 3), layers_[i].arguments.ptr(), Py_EQ);
-      if (same != 1) return same < 0 ? nullptr : Py_NewRef(Py_None);
-      weights[i] = {data[0], static_cast<const float*>(data[2]), data[1]};
+      PyObject* layer = nullptr;
+      if (modules) PyDict_Next(args[1], &place, nullptr, &layer);
+      else layer = PyList_GET_ITEM(args[1], static_cast<Py_ssize_t>(i));
+      const int fits = modules ? module_fits(layer, layers_[i], weights[i]) : layer_fits(layer, layers_[i], weights[i]);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
     }
     void* to;
     py::object y = like_.make(given[0], size_, strides_, &to);
@@ -157,7 +197,33 @@ class LinearCall {
     Likeness::Tensor expected[3];
     py::object arguments;
   };
+
+  int layer_fits(PyObject* layer, const Layer& expected, interfuse_linear_weights& weights) const {
+    if (!PyTuple_CheckExact(layer) || PyTuple_GET_SIZE(layer) != 4) return 0;
+    void* data[3];
+    for (int k = 0; k < 3; ++k)
+      if (const int fits = like_.address(PyTuple_GET_ITEM(layer, k), expected.expected[k], &data[k]); fits != 1) return fits;
+    weights = {data[0], static_cast<const float*>(data[2]), data[1]};
+    return PyObject_RichCompareBool(PyTuple_GET_ITEM(layer, 3), expected.arguments.ptr(), Py_EQ);
+  }
+
+  // A module's arguments are its activation, its slope and no backend.
+  int module_fits(PyObject* module, const Layer& expected, interfuse_linear_weights& weights) const {
+    Untouched::Layer found;
+    if (const int plain = untouched_.layer(module, found); plain != 1) return plain;
+    PyObject* const arguments = expected.arguments.ptr();
+    if (!PyTuple_CheckExact(arguments) || PyTuple_GET_SIZE(arguments) != 3 || PyTuple_GET_ITEM(arguments, 2) != Py_None) return 0;
+    void *weight, *bias, *scale;
+    if (const int fits = like_.address(found.weight, expected.expected[0], &weight); fits != 1) return fits;
+    if (const int fits = like_.address(found.bias, expected.expected[1], &bias); fits != 1) return fits;
+    if (const int fits = like_.address(Py_None, expected.expected[2], &scale); fits != 1) return fits;
+    weights = {weight, nullptr, bias};
+    const int same = PyObject_RichCompareBool(found.activation, PyTuple_GET_ITEM(arguments, 0), Py_EQ);
+    return same != 1 ? same : PyObject_RichCompareBool(found.slope, PyTuple_GET_ITEM(arguments, 1), Py_EQ);
+  }
+
   Likeness like_;
+  Untouched untouched_;
   py::list held_;
   py::tuple size_, strides_;
   std::vector<const interfuse_linear*> plans_;
@@ -167,8 +233,8 @@ class LinearCall {
 
 py::object linear_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types,
                        const py::list& descs, const py::tuple& inputs, const py::list& layers, const py::tuple& size,
-                       const py::tuple& strides) {
-  return callable_of(std::make_unique<LinearCall>(exchange, watchers, types, descs, inputs, layers, size, strides));
+                       const py::tuple& strides, const py::tuple& untouched) {
+  return callable_of(std::make_unique<LinearCall>(exchange, watchers, types, descs, inputs, layers, size, strides, untouched));
 }
 
 // A training step of a chain of layers as it was made once, forward and backward; see LinearCall.
@@ -378,7 +444,7 @@ void linear(py::module_& m) {
   m.def("linear_chain", &linear_chain, py::arg("descs"), py::arg("inputs"), py::arg("weights"), py::arg("y"),
         py::arg("threads"));
   m.def("linear_call", &linear_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("descs"),
-        py::arg("inputs"), py::arg("layers"), py::arg("size"), py::arg("strides"));
+        py::arg("inputs"), py::arg("layers"), py::arg("size"), py::arg("strides"), py::arg("untouched"));
   m.def("linear_training", &linear_training, py::arg("exchange"), py::arg("watchers"), py::arg("types"), py::arg("descs"),
         py::arg("inputs"), py::arg("layers"));
   m.def("linear_backward", &linear_backward, py::arg("desc"), py::arg("grad_y"), py::arg("inputs"), py::arg("weight"),

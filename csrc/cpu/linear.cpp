@@ -23,7 +23,7 @@ INTERFUSE_INLINE void dot_rows(const LinearPiece* piece, const LinearPiece* end,
     // Tile number i brings row i of the weight's next rows.
     const int64_t turn = (row - rows.begin) / kDotRows;
     const W* const next = ahead + (turn < kDotColumns ? turn : 0) * depth + piece->column;
-    dot_tile<decltype(count)::value, Columns>(piece, end, inputs, row, weight, depth, reinterpret_cast<const char*>(next),
+    dot_tile<decltype(count)::value, Columns, false>(piece, end, inputs, row, weight, depth, reinterpret_cast<const char*>(next),
                                               to + row * outputs, outputs, add);
     return row + decltype(count)::value;
   };
@@ -36,8 +36,31 @@ INTERFUSE_INLINE void dot_rows(const LinearPiece* piece, const LinearPiece* end,
   if (row < rows.end) tile(Count<1>{}, row);
 }
 
+// Bytes of a weight that no second-level cache holds. int8 takes its time to be converted, which hides the memory's.
+constexpr int64_t kStreams = 8 << 20;
+
+// One or two rows and a weight that comes from memory: it is read from end to end, one group of its rows after the other
+// over the whole depth, while the inputs stay in the second-level cache. Otherwise each fetch would cost more than it gives.
+template <int RowCount, class W>
+void few_rows(const Linear& p, const InputRows* inputs, const W* weight, int64_t row, Range outputs, float* y) {
+  const auto blocks = [&](auto columns, int64_t n) __attribute__((always_inline)) {
+    for (int64_t b = 0; b < p.blocks; ++b)
+      dot_tile<RowCount, decltype(columns)::value, true>(p.pieces + (b ? p.block_ends[b - 1] : 0), p.pieces + p.block_ends[b],
+                                                         inputs, row, weight + n * p.depth, p.depth, nullptr,
+                                                         y + row * p.outputs + n, p.outputs, b > 0);
+  };
+  int64_t n = outputs.begin;
+  for (; n + kDotColumns <= outputs.end; n += kDotColumns) blocks(Count<kDotColumns>{}, n);
+  for (; n < outputs.end; ++n) blocks(Count<1>{}, n);
+}
+
 template <class W>
 void products(const Linear& p, const InputRows* inputs, const W* weight, Range rows, Range outputs, float* y) {
+  if constexpr (sizeof(W) > 1) {
+    const bool streams = p.outputs * p.depth * static_cast<int64_t>(sizeof(W)) >= kStreams;
+    if (streams && rows.end - rows.begin == 1) return few_rows<1>(p, inputs, weight, rows.begin, outputs, y);
+    if (streams && rows.end - rows.begin == 2) return few_rows<2>(p, inputs, weight, rows.begin, outputs, y);
+  }
   for (int64_t b = 0; b < p.blocks; ++b) {
     const LinearPiece *piece = p.pieces + (b ? p.block_ends[b - 1] : 0), *end = p.pieces + p.block_ends[b];
     int64_t n = outputs.begin;

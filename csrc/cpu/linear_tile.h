@@ -67,9 +67,14 @@ struct InputRows {
   int64_t stride;
 };
 
+// How far ahead of its use the weight is fetched where it streams from memory: the processor's own prefetching ends with
+// each page of 4 KiB.
+constexpr int64_t kFetchedAhead = 4096;
+
 // to(r, c) = or += the dot product of row `row` + r with row c of the weight, over the pieces of one block. ahead: what
-// of the weight is read later on, brought towards the core meanwhile; any address will do.
-template <int RowCount, int Columns, class W>
+// of the weight is read later on, brought towards the core meanwhile; any address will do. Streams: what these rows of
+// the weight come to themselves is brought instead.
+template <int RowCount, int Columns, bool Streams, class W>
 INTERFUSE_INLINE void dot_tile(const LinearPiece* pieces, const LinearPiece* end, const InputRows* inputs, int64_t row,
                                const W* weight, int64_t depth, const char* ahead, float* to, int64_t to_row, bool add) {
   Vec sums[RowCount][Columns];
@@ -85,6 +90,7 @@ INTERFUSE_INLINE void dot_tile(const LinearPiece* pieces, const LinearPiece* end
       unrolled<RowCount>([&](int r) __attribute__((always_inline)) { values[r] = read(x + r * stride); });
       unrolled<Columns>([&](int c) __attribute__((always_inline)) {
         const Vec column = read(w + c * depth);
+        if constexpr (Streams) __builtin_prefetch(reinterpret_cast<const char*>(w + c * depth) + kFetchedAhead);
         unrolled<RowCount>([&](int r) __attribute__((always_inline)) {
           sums[r][c] = multiply_add(values[r], column, sums[r][c]);
         });
@@ -94,8 +100,10 @@ INTERFUSE_INLINE void dot_tile(const LinearPiece* pieces, const LinearPiece* end
     for (; left >= kLanes; left -= kLanes) {
       step([](auto* p) __attribute__((always_inline)) { return load(p); });
       x += kLanes, w += kLanes;
-      __builtin_prefetch(ahead);
-      ahead += kLanes * sizeof(W);
+      if constexpr (!Streams) {
+        __builtin_prefetch(ahead);
+        ahead += kLanes * sizeof(W);
+      }
     }
     if (left) step([&](auto* p) __attribute__((always_inline)) { return load_first(p, static_cast<int>(left)); });
   }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DLPACK_EXCHANGE",
+    "GLOBAL_HOOKS",
     "TRACED_TENSORS",
     "WATCHERS",
     "OptimizedModule",
@@ -194,13 +195,17 @@ def has_hooks(module: Module) -> bool:
     )
 
 
+# Of hooks on all modules.
+GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
+
+
 def is_watched_globally() -> bool:
-    return bool(
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-    )
+    return any(GLOBAL_HOOKS)
 
 
 def is_untouched(module: Module, forward: object) -> bool:

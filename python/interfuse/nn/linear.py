@@ -226,6 +226,9 @@ class DenseChain(nn.Sequential):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if not torch.compiler.is_dynamo_compiling():
+            again = eager.run_modules(inputs, self._modules)
+            if again is not None:
+                return again
             layers = []
             for layer in self._modules.values():
                 if type(layer) not in _LAYERS or not is_untouched(layer, _Dense.forward):
@@ -233,7 +236,8 @@ class DenseChain(nn.Sequential):
                 dense: Any = layer
                 layers.append(dense._layer())  # noqa: SLF001
             else:
-                y = eager.run_chain(inputs, layers)
+                chain = eager.Chain(self._modules, FusionLinear, _Dense.forward)
+                y = eager.run_chain(inputs, layers, chain)
                 if y is not None:
                     return y
         for _, module in children(self):

@@ -7,7 +7,7 @@ autocast or profiler active. Every other call goes the long way through the regi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from interfuse.bounded_cache import BoundedCache
 from interfuse.ops import _linear_native as native
 from interfuse.ops import _linear_training as training
 from interfuse.ops._linear_checks import Options, as_list, check, check_types, resolve
-from interfuse.torch_state import DLPACK_EXCHANGE, WATCHERS, in_forward_mode, is_plain_eager
+from interfuse.torch_state import DLPACK_EXCHANGE, GLOBAL_HOOKS, WATCHERS, in_forward_mode, is_plain_eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +35,17 @@ def is_plain(t: Any) -> bool:
     return (kind is Tensor or kind is Parameter) and t.is_cpu and not t.is_neg()
 
 
+class Chain(NamedTuple):
+    """Modules whose layers a call runs: their dictionary, their type and its forward."""
+
+    modules: dict[str, Any] | None
+    kind: type
+    forward: Any
+
+
+NO_CHAIN = Chain(None, type(None), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is left to do for one combination of shapes, strides, dtypes and arguments."""
@@ -45,8 +56,12 @@ class Plan:
 
 
 # Inference calls that took the short way, by the first weight's id, the first input's shape and the number of
-# layers; see _conv_pool_eager.
-_recent: BoundedCache[Callable[[Sequence[Tensor], list[Layer], int], Tensor | None]] = BoundedCache(1024)
+# layers; see _conv_pool_eager. A chain of modules is found by its dictionary of them, too.
+_recent: BoundedCache[Callable[[Sequence[Tensor], Any, int], Tensor | None]] = BoundedCache(1024)
+
+
+def _key_of(inputs: Sequence[Tensor], layers: list[Layer]) -> tuple[Any, ...]:
+    return id(layers[0][0]), inputs[0].shape, len(layers)
 
 
 def _again(inputs: Sequence[Tensor], layers: list[Layer]) -> Tensor | None:
@@ -56,20 +71,48 @@ def _again(inputs: Sequence[Tensor], layers: list[Layer]) -> Tensor | None:
     if in_forward_mode():
         return None
     try:
-        recent = _recent.get((id(layers[0][0]), inputs[0].shape, len(layers)))
+        recent = _recent.get(_key_of(inputs, layers))
     except (RuntimeError, TypeError, IndexError, AttributeError):  # nested tensors, none, or none at all
         return None
     return None if recent is None else recent(inputs, layers, _threads())
 
 
 def _remember(
-    inputs: Sequence[Tensor], layers: list[Layer], descs: list[LinearDesc], size: tuple[int, ...]
+    inputs: Sequence[Tensor],
+    layers: list[Layer],
+    descs: list[LinearDesc],
+    size: tuple[int, ...],
+    chain: Chain = NO_CHAIN,
 ) -> None:
     strides = torch.empty(size, device="meta").stride()
     call = linear_call(
-        DLPACK_EXCHANGE, WATCHERS, (Tensor, Parameter), descs, tuple(inputs), layers, size, strides
-    )
-    _recent.put((id(layers[0][0]), inputs[0].shape, len(layers)), call)
+        DLPACK_EXCHANGE, WATCHERS, (Tensor, Parameter), descs, tuple(inputs), layers, size, strides,
+        (chain.kind, chain.forward, GLOBAL_HOOKS))  # fmt: skip
+    _recent.put(_key_of(inputs, layers), call)
+    if chain.modules is not None:
+        _remember_modules(inputs, layers, chain)
+
+
+def _remember_modules(inputs: Sequence[Tensor], layers: list[Layer], chain: Chain) -> None:
+    """A call that is known by its first weight is known by its modules from now on; ids return."""
+    key = (id(chain.modules), inputs[0].shape)
+    call = _recent.get(_key_of(inputs, layers))
+    if call is not None and _recent.get(key) is not call:
+        _recent.put(key, call)
+
+
+def run_modules(inputs: tuple[Tensor, ...], modules: dict[str, Any]) -> Tensor | None:
+    """The output of a chain of modules in an inference call like a recent one, else None.
+
+    The core finds their tensors and looks for hooks, which takes a third of the time that Python needs.
+    """
+    if _grad_enabled() or in_forward_mode():
+        return None
+    try:
+        recent = _recent.get((id(modules), inputs[0].shape))
+    except (RuntimeError, IndexError, AttributeError):  # nested tensors, none, or none at all
+        return None
+    return None if recent is None else recent(inputs, modules, _threads())
 
 
 # False: this combination takes the long way.
@@ -181,10 +224,14 @@ class ChainPlan:
 _chains: BoundedCache[ChainPlan | Literal[False]] = BoundedCache(256)
 
 
-def run_chain(inputs: tuple[Tensor, ...], layers: list[Layer]) -> Tensor | None:
+def run_chain(
+    inputs: tuple[Tensor, ...], layers: list[Layer], chain: Chain = NO_CHAIN
+) -> Tensor | None:
     """What the last layer gives, by one call of the core; None where the layers must be called one by one."""
     y = _again(inputs, layers)
     if y is not None:
+        if chain.modules is not None and not _grad_enabled():
+            _remember_modules(inputs, layers, chain)
         return y
     if not layers or not is_plain_eager():
         return None
@@ -213,7 +260,7 @@ def run_chain(inputs: tuple[Tensor, ...], layers: list[Layer]) -> Tensor | None:
     if grad and training.wanted(inputs, layers):
         return None if plan.trains is None else training.first(inputs, layers, plan.trains, plan.sizes)
     if not grad:
-        _remember(inputs, layers, plan.descs, plan.sizes[-1])
+        _remember(inputs, layers, plan.descs, plan.sizes[-1], chain)
     y = inputs[0].new_empty(plan.sizes[-1])
     linear_chain(plan.descs, [x.data_ptr() for x in inputs], pointers, y.data_ptr(), _threads())
     return y
