@@ -260,6 +260,18 @@ def test_the_smallest_inputs_work_and_smaller_ones_are_refused() -> None:
         (lambda: models.CrossModalTransformer(encoders("fused")[:1], 5), "at least two encoders"),
         (lambda: models.CrossModalTransformer(encoders("fused"), 5, 30, 4), "a multiple of heads"),
         (lambda: models.ConvEncoder((24,)), "without the batch; got"),
+        (lambda: models.cnn(24, 5), "3 numbers, channels first, without the batch; got 24"),
+        (lambda: models.lstm("64", 5), "lstm takes feature vectors"),
+        (lambda: models.cnn((3, 24, 24), 5, channels=()), "channels must name at least one block"),
+        (lambda: models.cnn((-3, 24, 24), 5), "channels must be a whole number of at least 1; got -3"),
+        (lambda: models.cnn((3, 24, 24), 0), "num_classes must be a whole number of at least 1; got 0"),
+        (lambda: models.rnn((None,), 5, vocabulary=0), "vocabulary must be a whole number of at least 1"),
+        (lambda: models.rnn((None,), 5.0), "num_classes must be a whole number of at least 1; got 5.0"),
+        (lambda: models.Fusion(encoders("fused"), 5, width=0), "width must be a whole number of at least 1"),
+        (lambda: text_model("fused")(image(40), ids()),
+         "made for inputs of shape (batch, 3, 24, 24); got (3, 3, 40, 40)"),
+        (lambda: text_model("fused")(ids(), image()), "of shape (batch, 3, 24, 24); got (3, 7)"),
+        (lambda: text_model("fused")(image().movedim(1, -1), ids()), "got (3, 24, 24, 3)"),
         (lambda: text_model("fused")(image()), "takes 2 inputs, one for each modality; got 1"),
         (lambda: text_model("fused")(image(), ids(), lengths=(None, None)), "1 are, and 2 were given"),
         (lambda: encoders("fused")[0](image(40), lengths()), "an image or a video has none"),
@@ -270,6 +282,20 @@ def test_the_smallest_inputs_work_and_smaller_ones_are_refused() -> None:
 def test_what_is_wrong_is_said_in_a_sentence(make: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         make()
+
+
+def test_lengths_are_tensors() -> None:
+    with pytest.raises(TypeError, match=r"got \[7, 1, 3\]. torch.tensor\(...\) makes a tensor"):
+        text_model("fused")(image(), ids(), lengths=[7, 1, 3])
+
+
+def test_a_batch_of_none_has_no_captions() -> None:
+    assert autoencoder("fused").generate(image()[:0], max_steps=4, beams=2).shape == (0, 2)
+
+
+def test_explain_says_that_a_fused_model_is_fused() -> None:
+    text = str(interfuse.explain(text_model("fused")))
+    assert re.fullmatch(r"Fusion: nothing to replace; \d+ of its modules are interfuse's own", text)
 
 
 def test_one_modality_twice_shares_one_encoder() -> None:

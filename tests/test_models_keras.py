@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     import pathlib
     from collections.abc import Callable
 
-pytestmark = pytest.mark.filterwarnings("default")  # keras's own, of NumPy and of the .h5 format
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # keras's own
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 h5py = pytest.importorskip("h5py", reason="load_keras reads files with h5py; it is not installed.")
 
 AGREE = 1e-5  # of probabilities and of values of about that size

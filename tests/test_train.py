@@ -150,11 +150,24 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: pathlib.Path) -> 
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    with pytest.raises(ValueError, match="written without a scheduler"):
+    with pytest.raises(ValueError, match="'scheduler': 'StepLR'}: it cannot go on from there"):
         train.fit(model, samples(), epochs=2, checkpoint=path, optimizer=optimizer, scheduler=schedule)
+    descent = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="'optimizer': 'SGD'"):
+        train.fit(model, samples(), checkpoint=path, optimizer=descent)
+    model = net()
+    model.head = nn.Linear(16, 3)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"is of another model: head\.weight is not the same there"):
+        train.fit(model, samples(), epochs=2, checkpoint=path)
+    assert torch.equal(weights(model), before)
     torch.save({"something": "else"}, path)
     with pytest.raises(ValueError, match="is no checkpoint of"):
         train.fit(net(), samples(), epochs=2, checkpoint=path)
+    for garbage in (b"", b"no checkpoint", before.numpy().tobytes()):
+        path.write_bytes(garbage)
+        with pytest.raises(ValueError, match="it cannot be read"):
+            train.fit(net(), samples(), epochs=2, checkpoint=path)
 
 
 def test_a_crash_while_writing_leaves_the_checkpoint_before(
@@ -177,8 +190,10 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     state = checkpoints.State(
-        model, optimizer, None, {"samples": 60, "batch": 32, "regime": "simultaneous", "seed": 0}
-    )
+        model, optimizer, None,
+        {"samples": 60, "batch": 32, "regime": "simultaneous", "seed": 0, "optimizer": "Adam",
+         "scheduler": None},
+    )  # fmt: skip
     saved = checkpoints.load(path, state)
     assert saved is not None
     assert len(saved["epochs"]) == 1
@@ -314,6 +329,15 @@ def test_what_was_frozen_stays_frozen() -> None:
 def test_what_is_wrong_is_said_in_a_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         train.fit(net(), samples(), **settings)
+
+
+def test_there_must_be_samples() -> None:
+    with pytest.raises(ValueError, match="at least one sample to learn from"):
+        train.fit(net(), samples()[:0])
+    with pytest.raises(TypeError, match=r"takes interfuse.data.Samples, .* got list"):
+        train.fit(net(), [samples().inputs])
+    with pytest.raises(ValueError, match="at least one; got"):
+        train.retrieval_recall(torch.ones(0, 3), torch.ones(0, 3))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training() -> None:

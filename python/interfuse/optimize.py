@@ -73,6 +73,8 @@ def optimize(
         raise ValueError(
             f"optimize: dtype must be None or torch.bfloat16, to which weights are rounded; got {dtype}."
         )
+    if seconds < 0:
+        raise ValueError(f"optimize: seconds, for timing, must be at least 0; got {seconds}.")
     plan = make_plan(model, PATTERNS)
     if example_inputs is None:
         known = _sites(plan)
@@ -159,7 +161,8 @@ def explain(model: nn.Module) -> Explanation:
     outcomes: dict[Identity, Outcome] = model.__dict__.get(REPORT, {})
     rows = [_row(c, sites.get(c.identity), outcomes.get(c.identity)) for c in plan.candidates]
     rows += [Row(r.name or "(the model)", r.text, "", False, "", r.reason) for r in plan.refused]
-    return Explanation(type(model).__name__, rows)
+    own = sum(type(module).__module__.startswith("interfuse.nn.") for module in model.modules())
+    return Explanation(type(model).__name__, rows, own)
 
 
 def _row(c: Candidate, site: Site | None, outcome: Outcome | None) -> Row:

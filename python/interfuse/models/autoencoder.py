@@ -109,7 +109,7 @@ class MultimodalAutoencoder(nn.Module):
             y, state = self.decoder(written[:, -1:], state)
             likely = torch.log_softmax(self.words(self.mix(y[:, 0], code)), -1)
             likely = torch.where(finished.unsqueeze(1), after_end, likely)
-            total = scores.unsqueeze(2) + likely.view(batch, beams, -1)
+            total = scores.unsqueeze(2) + likely.view(batch, beams, self.vocabulary)
             scores, best = total.flatten(1).topk(beams, 1)
             rows = (first_row + best // self.vocabulary).flatten()
             word = (best % self.vocabulary).flatten()
@@ -118,7 +118,7 @@ class MultimodalAutoencoder(nn.Module):
             state = tuple(t[:, rows] for t in state)
             if bool(finished.all()):
                 break
-        return written.view(batch, beams, -1)[:, 0]
+        return written.view(batch, beams, written.shape[1])[:, 0]
 
     def _decoded(
         self, image: Tensor, sentence: Tensor, text: Tensor | None, lengths: Tensor | None

@@ -51,12 +51,28 @@ class Classifier(Predicting):
         return self.head(self.encoder(x, lengths))
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """That each is a number of at least 1; None where there is no such thing."""
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}.")
+
+
+def is_shape(shape: object, dimensions: int) -> bool:
+    return isinstance(shape, (tuple, list)) and len(shape) == dimensions
+
+
 def lengths_of(encoders: Iterable[Any], lengths: Lengths) -> list[Tensor | None]:
     """Each encoder's lengths; None for those of no sequence."""
     sequences = [encoder.is_sequence for encoder in encoders]
     if lengths is None:
         return [None] * len(sequences)
     given = [lengths] if isinstance(lengths, Tensor) else lengths
+    if not isinstance(given, (tuple, list)) or not all(n is None or isinstance(n, Tensor) for n in given):
+        raise TypeError(
+            "lengths must be one tensor, or a tuple of one for each modality that is a sequence; got "
+            f"{lengths!r}. torch.tensor(...) makes a tensor of a list."
+        )
     if len(given) != sum(sequences):
         raise ValueError(
             f"lengths must be one tensor for each modality that is a sequence; of {len(sequences)} "

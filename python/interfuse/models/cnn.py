@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from interfuse.models.classifier import Classifier, Encoder
+from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape
 from interfuse.models.layers import Layers, chosen
+from interfuse.torch_state import is_tracing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,12 +51,17 @@ class ConvEncoder(Encoder):
         layers: str | Layers = "fused",
     ) -> None:
         super().__init__()
-        spatial, least = len(input_shape) - 1, smallest_size(len(channels))
-        if spatial not in (1, 2, 3):
+        if not any(is_shape(input_shape, dimensions) for dimensions in (2, 3, 4)):
             raise ValueError(
                 "input_shape must be (channels, length), (channels, height, width) or (channels, frames, "
-                f"height, width), without the batch; got {tuple(input_shape)}."
+                f"height, width), without the batch; got {input_shape!r}."
             )
+        if not channels:
+            raise ValueError("channels must name at least one block; got none.")
+        for size in (input_shape[0], *channels):
+            check_sizes(channels=size)
+        check_sizes(width=width)
+        spatial, least = len(input_shape) - 1, smallest_size(len(channels))
         if min(input_shape[1:]) < least:
             raise ValueError(
                 f"{len(channels)} blocks of a convolution of kernel 3 and pooling by 2 need at least {least} "
@@ -66,6 +72,7 @@ class ConvEncoder(Encoder):
         sizes = list(input_shape[1:])
         for _ in channels:
             sizes = [(n - 2) // 2 for n in sizes]
+        self.input_shape = tuple(input_shape)
         self.width, self.token_width = width, channels[-1]
         self.map_shape = (channels[-1], *sizes)  # of what the blocks leave
         self.dense = chosen(layers).dense([math.prod(self.map_shape)], [width], "relu")
@@ -73,6 +80,11 @@ class ConvEncoder(Encoder):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if lengths is not None:
             raise ValueError("lengths are for sequences; an image or a video has none.")
+        if x.shape[1:] != self.input_shape and not is_tracing():  # in a jit trace sizes are tensors
+            wanted = ", ".join(map(str, self.input_shape))
+            raise ValueError(
+                f"this encoder was made for inputs of shape (batch, {wanted}); got {tuple(x.shape)}."
+            )
         return self.dense(self.blocks(x).flatten(1))
 
     def tokens(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -113,10 +125,11 @@ def _conv_classifier(
     width: int,
     layers: str | Layers,
 ) -> Classifier:
-    if len(input_shape) != dimensions:
+    check_sizes(num_classes=num_classes)
+    if not is_shape(input_shape, dimensions):
         raise ValueError(
             f"{name} takes an input_shape of {dimensions} numbers, channels first, without the batch; "
-            f"got {tuple(input_shape)}."
+            f"got {input_shape!r}."
         )
     encoder = ConvEncoder(input_shape, channels, width, layers)
     return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from interfuse.models.classifier import Encoder, Lengths, Predicting, features_of
+from interfuse.models.classifier import Encoder, Lengths, Predicting, check_sizes, features_of, is_shape
 from interfuse.models.cnn import CHANNELS, ConvEncoder
 from interfuse.models.layers import Layers, chosen
 from interfuse.models.recurrent import SequenceEncoder
@@ -59,6 +59,7 @@ def fusion_head(
     kind: str, widths: Sequence[int], num_classes: int, width: int, layers: str | Layers
 ) -> nn.Module:
     """Called with a list of (batch, widths[i]) features; gives logits."""
+    check_sizes(num_classes=num_classes, width=width)
     heads: dict[str, Any] = {"early": EarlyHead, "late": LateHead, "attention": AttentionHead}
     if kind not in heads:
         raise ValueError(f"fusion must be one of {', '.join(KINDS)}; got {kind!r}.")
@@ -105,10 +106,10 @@ def image_text_fusion(
 ) -> Fusion:
     """g(W [CNN(image); RNN(text)] + b): called with images of input_shape (channels, height, width) and token
     ids (batch, steps), of any number of steps."""
-    if len(input_shape) != 3:
+    if not is_shape(input_shape, 3):
         raise ValueError(
             "image_text_fusion takes the images' shape (channels, height, width) without the batch; got "
-            f"{tuple(input_shape)}."
+            f"{input_shape!r}."
         )
     encoders = [
         ConvEncoder(input_shape, channels, width, layers),
@@ -132,10 +133,10 @@ def video_audio_fusion(
 ) -> Fusion:
     """g(W [3D-CNN(video); LSTM(audio)] + b): called with videos of input_shape (channels, frames, height,
     width) and audio (batch, steps, audio_features), of any number of steps."""
-    if len(input_shape) != 4:
+    if not is_shape(input_shape, 4):
         raise ValueError(
             "video_audio_fusion takes the videos' shape (channels, frames, height, width) without the batch; "
-            f"got {tuple(input_shape)}."
+            f"got {input_shape!r}."
         )
     encoders = [
         ConvEncoder(input_shape, channels, width, layers),

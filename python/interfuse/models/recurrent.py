@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from interfuse.models.classifier import Classifier, Encoder
+from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape
 from interfuse.models.layers import CELLS, Layers, chosen
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class SequenceEncoder(Encoder):
         super().__init__()
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}; got {cell!r}.")
+        check_sizes(inputs=inputs, hidden=hidden, num_layers=num_layers, vocabulary=vocabulary)
         self.cell, self.width, self.token_width = cell, hidden, hidden
         self.recurrent = chosen(layers).recurrent(cell, inputs, hidden, num_layers, vocabulary)
 
@@ -55,10 +56,11 @@ def rnn(
     layers: str | Layers = "fused",
 ) -> Classifier:
     """Token ids (steps,): an embedding, recurrent layers, the classes. Any number of steps will do."""
-    if len(input_shape) != 1:
+    check_sizes(num_classes=num_classes)
+    if not is_shape(input_shape, 1):
         raise ValueError(
             "rnn takes token ids, an input_shape of (steps,) without the batch (None: any number); for "
-            f"feature vectors (steps, features) there is lstm. Got {tuple(input_shape)}."
+            f"feature vectors (steps, features) there is lstm. Got {input_shape!r}."
         )
     encoder = SequenceEncoder(embedding, hidden, num_layers, vocabulary, cell, layers)
     return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))
@@ -74,10 +76,11 @@ def lstm(
     layers: str | Layers = "fused",
 ) -> Classifier:
     """Feature vectors (steps, features), as of audio: recurrent layers, the classes."""
-    if len(input_shape) != 2 or input_shape[1] is None:
+    check_sizes(num_classes=num_classes)
+    if not is_shape(input_shape, 2) or input_shape[1] is None:
         raise ValueError(
             "lstm takes feature vectors, an input_shape of (steps, features) without the batch (steps None: "
-            f"any number); for token ids (steps,) there is rnn. Got {tuple(input_shape)}."
+            f"any number); for token ids (steps,) there is rnn. Got {input_shape!r}."
         )
     encoder = SequenceEncoder(input_shape[1], hidden, num_layers, None, cell, layers)
     return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))

@@ -40,10 +40,11 @@ class Row:
 
 
 class Explanation:
-    """The rows, and a table of them as text."""
+    """The rows, and a table of them as text. `own` counts the modules that are interfuse's already."""
 
-    def __init__(self, model: str, rows: Sequence[Row]):
+    def __init__(self, model: str, rows: Sequence[Row], own: int = 0):
         self.model = model
+        self.own = own
         self.rows = list(rows)
 
     @property
@@ -55,6 +56,8 @@ class Explanation:
 
     def __str__(self) -> str:
         head = f"{self.model}: {len(self.fused)} of {len(self.rows)} sites fused"
+        if not self.rows and self.own:
+            return f"{self.model}: nothing to replace; {self.own} of its modules are interfuse's own"
         if not self.rows:
             return f"{self.model}: no module that interfuse has a fused op for"
         total = max(80, shutil.get_terminal_size((110, 24)).columns)

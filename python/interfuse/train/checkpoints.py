@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import pickle
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,6 @@ def save(path: str | pathlib.Path, state: State, **progress: Any) -> None:
         **progress,
     }
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Always of the same name: what a killed process leaves of it is overwritten by the next one.
     temporary = path.with_name(path.name + ".part")
     try:
@@ -58,16 +58,25 @@ def load(path: str | pathlib.Path, state: State) -> dict[str, Any] | None:
     path = pathlib.Path(path)
     if not path.exists():
         return None
-    whole: dict[str, Any] = torch.load(path, weights_only=True)
-    if whole.get("format") != FORMAT:
+    try:
+        whole: Any = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of interfuse.train: it cannot be read.") from error
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of interfuse.train, or one of another version.")
     if whole["settings"] != state.settings:
         raise ValueError(
             f"{path} is of a training with {whole['settings']}, and this one has {state.settings}: it cannot "
             "go on from there. Take the same settings, or another file."
         )
-    if (whole["scheduler"] is None) != (state.scheduler is None):
-        raise ValueError(f"{path} was written {'without' if state.scheduler else 'with'} a scheduler.")
+    theirs, ours = ({k: getattr(v, "shape", None) for k, v in d.items()}
+                    for d in (whole["model"], state.model.state_dict()))  # fmt: skip
+    different = [name for name in {**theirs, **ours} if theirs.get(name, 0) != ours.get(name, 0)]
+    if different:
+        raise ValueError(
+            f"{path} is of another model: {different[0]} is not the same there. Make the model as it was, or "
+            "take another file."
+        )
     state.model.load_state_dict(whole["model"])
     state.optimizer.load_state_dict(whole["optimizer"])
     if state.scheduler is not None:

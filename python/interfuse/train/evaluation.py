@@ -86,10 +86,10 @@ def retrieval_recall(queries: Tensor, keys: Tensor, at: Sequence[int] = (1, 5, 1
 
     Keys that are equally near count as found before the right one.
     """
-    if queries.dim() != 2 or queries.shape != keys.shape:
+    if queries.dim() != 2 or queries.shape != keys.shape or not len(queries):
         raise ValueError(
-            "queries and keys must be two matrices of one shape, whose rows belong together; got "
-            f"{tuple(queries.shape)} and {tuple(keys.shape)}."
+            "queries and keys must be two matrices of one shape, whose rows belong together, at least one; "
+            f"got {tuple(queries.shape)} and {tuple(keys.shape)}."
         )
     likeness = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
     right = likeness.diagonal().unsqueeze(1)

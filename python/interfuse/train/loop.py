@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+import pathlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from interfuse.data import Samples
 from interfuse.terminal import Progress, table
 from interfuse.train import checkpoints
 from interfuse.train.evaluation import evaluate
 from interfuse.train.regimes import Regime
 
 if TYPE_CHECKING:
-    import pathlib
     from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
-
-    from interfuse.data import Samples
 
     Loss = Callable[[nn.Module, Samples], Tensor]
 
@@ -109,6 +108,13 @@ def fit(
         seed: of the order of samples.
         progress: a bar on stderr, where that is a terminal.
     """
+    if not isinstance(data, Samples):
+        raise TypeError(
+            f"fit takes interfuse.data.Samples, whose inputs, labels and names are together; got "
+            f"{type(data).__name__}."
+        )
+    if not len(data):
+        raise ValueError("there must be at least one sample to learn from; got none.")
     if epochs < 1 or batch < 1:
         raise ValueError(f"epochs and batch must be at least 1; got {epochs} and {batch}.")
     if checkpoint_steps is not None and (checkpoint is None or checkpoint_steps < 1):
@@ -120,13 +126,15 @@ def fit(
     if optimizer is None:
         optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     plan = Regime(model, regime, parts, epochs)
-    settings = {"samples": len(data), "batch": batch, "regime": regime, "seed": seed}
+    settings: dict[str, Any] = {"samples": len(data), "batch": batch, "regime": regime, "seed": seed}
+    settings |= {"optimizer": type(optimizer).__name__, "scheduler": scheduler and type(scheduler).__name__}
     if regime != "simultaneous":
         settings["epochs"] = epochs  # which divides them among the parts
     state = checkpoints.State(model, optimizer, scheduler, settings)
     history, best = History([]), _Best()
     done, total = 0, 0.0  # of the epoch that was interrupted: its steps, and their loss
     if checkpoint is not None:
+        pathlib.Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)  # not after an epoch's work
         saved = checkpoints.load(checkpoint, state)
         if saved is not None:
             history = History([Epoch(**row) for row in saved["epochs"]], saved["stopped_early"])
