@@ -19,6 +19,7 @@ struct Algorithm {
   void (*ConvPoolKernels::*run)(const ConvPool&, const ConvPoolForward&);
 };
 const Algorithm algorithms[] = {
+    {"matrix", interfuse::matrix_why_not, &ConvPoolKernels::matrix},
     {"winograd", interfuse::winograd_why_not, &ConvPoolKernels::winograd},
     {"direct", [](const ConvPool&) { return std::string(); }, &ConvPoolKernels::direct},
 };

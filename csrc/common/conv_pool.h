@@ -92,6 +92,7 @@ struct ConvPoolBackward {
 
 // What one instruction set offers.
 struct ConvPoolKernels {
+  void (*matrix)(const ConvPool&, const ConvPoolForward&);
   void (*direct)(const ConvPool&, const ConvPoolForward&);
   void (*winograd)(const ConvPool&, const ConvPoolForward&);
   void (*backward)(const ConvPool&, const ConvPoolBackward&);
@@ -99,6 +100,11 @@ struct ConvPoolKernels {
   const char* (*backward_method)(const ConvPool&, const ConvPoolBackward&);
 };
 
+// Empty where the matrix units take the problem, else the sentence that says why not.
+std::string matrix_why_not(const ConvPool& p);
+// Steps of 32 terms that one slice of the kernel takes there.
+int64_t matrix_chunks(const ConvPool& p);
+constexpr int64_t kMostMatrixSlices = 8;  // of the kernel
 // Empty where Winograd takes the problem, else the sentence that says why not.
 std::string winograd_why_not(const ConvPool& p);
 // Whether its transposed form gives the gradients too.

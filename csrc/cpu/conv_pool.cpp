@@ -59,12 +59,32 @@ void direct(const ConvPool& problem, const ConvPoolForward& a) {
 
 }  // namespace
 
+void conv_pool_matrix(const ConvPool&, const ConvPoolForward&);
 void conv_pool_winograd(const ConvPool&, const ConvPoolForward&);
 void conv_pool_backward(const ConvPool&, const ConvPoolBackward&);
 const char* conv_pool_backward_method(const ConvPool&, const ConvPoolBackward&);
 
 extern const ConvPoolKernels conv_pool_kernels;
-const ConvPoolKernels conv_pool_kernels = {direct, conv_pool_winograd, conv_pool_backward, conv_pool_backward_method};
+const ConvPoolKernels conv_pool_kernels = {conv_pool_matrix, direct, conv_pool_winograd, conv_pool_backward,
+                                           conv_pool_backward_method};
+
+void redo_broken(const ConvPool& p, const ConvPoolForward& a, const uint8_t* broken) {
+  const int64_t element = p.dtype == INTERFUSE_FLOAT32 ? 4 : 2;
+  ConvPool one = p;
+  one.batch = 1;
+  for (int64_t n = 0; n < p.batch; ++n) {
+    if (!broken[n]) continue;
+    const auto at = [&](const void* pointer, int64_t per_image, int64_t size) {
+      return static_cast<char*>(const_cast<void*>(pointer)) + (pointer ? n * per_image * size : 0);
+    };
+    ConvPoolForward image = a;
+    image.x = at(a.x, p.xs.n, element);
+    image.y = at(a.y, one.y_count(), element);
+    image.index = reinterpret_cast<uint8_t*>(at(a.index, one.index_count(), 1));
+    image.pre = at(a.pre, one.pre_count(), element);
+    direct(one, image);
+  }
+}
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

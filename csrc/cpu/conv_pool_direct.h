@@ -16,6 +16,9 @@ void conv_pool_columns(const ConvPool& p, const ConvPoolForward& a, int threads)
 // Lanes are channels. Takes what has one input and one output channel per group.
 void conv_pool_depthwise(const ConvPool& p, const ConvPoolForward& a, int threads);
 
+// Does the images whose flag is set again, sum by sum, which has NaN and infinities as torch has.
+void redo_broken(const ConvPool& p, const ConvPoolForward& a, const uint8_t* broken);
+
 // Estimated cycles of one group for one row of the convolution and one step of the reduction.
 double conv_pool_channels_cost(const ConvPool& p);
 double conv_pool_columns_cost(const ConvPool& p);

@@ -6,6 +6,7 @@
 #include "common/pack_cache.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "cpu/conv_pool_direct.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
@@ -104,28 +105,6 @@ void run_tiles(const WinogradCall& call, const WinogradKernel& kernel, Range til
   }
 }
 
-// A NaN or an infinity spreads over its whole tile, and large values overflow in the transforms: the images where a
-// result was not finite are done again by the direct kernel, which has them as torch has. Every such result is
-// noticed: each point of a tile enters its results with a factor that is not zero, and none becomes finite again.
-void redo_broken(const WinogradCall& call) {
-  const ConvPool& p = call.p;
-  const int64_t element = p.dtype == INTERFUSE_FLOAT32 ? 4 : 2;
-  ConvPool one = p;
-  one.batch = 1;
-  for (int64_t n = 0; n < p.batch; ++n) {
-    if (!call.broken[n]) continue;
-    const auto at = [&](const void* pointer, int64_t per_image, int64_t size) {
-      return static_cast<char*>(const_cast<void*>(pointer)) + (pointer ? n * per_image * size : 0);
-    };
-    ConvPoolForward a = call.a;
-    a.x = at(a.x, p.xs.n, element);
-    a.y = at(a.y, one.y_count(), element);
-    a.index = reinterpret_cast<uint8_t*>(at(a.index, one.index_count(), 1));
-    a.pre = at(a.pre, one.pre_count(), element);
-    conv_pool_kernels.direct(one, a);
-  }
-}
-
 }  // namespace
 
 void conv_pool_winograd(const ConvPool& p, const ConvPoolForward& a) {
@@ -144,7 +123,9 @@ void conv_pool_winograd(const ConvPool& p, const ConvPoolForward& a) {
     const Range mine = share(units, thread, threads);
     run_tiles(call, kernel, {mine.begin * unit, least(mine.end * unit, plan.all_tiles)});
   });
-  redo_broken(call);
+  // A NaN or an infinity spreads over its whole tile, and large values overflow in the transforms. Every such result is
+  // noticed: each point of a tile enters its results with a factor that is not zero, and none becomes finite again.
+  redo_broken(p, a, broken);
 }
 
 }  // namespace INTERFUSE_ISA
