@@ -60,7 +60,7 @@ void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a,
 void product(bool split, int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
              const float* b, int64_t b_row, float* c, int64_t c_row) {
 #if defined(INTERFUSE_SPLIT_PRODUCT)
-  if (split && multiply_matrices(rows, depth, columns, a, a_row, b, b_row, c, c_row)) return;
+  if (split && multiply_matrices(rows, depth, columns, a, a_row, a_step, b, b_row, c, c_row)) return;
 #else
   (void)split;
 #endif
@@ -126,7 +126,7 @@ void few_outer_products(int64_t rows, int64_t outputs, int64_t columns, const fl
 
 struct Floats {
   const float* grad;      // (rows, outputs), before the activation
-  const float* turned;    // its transpose; unwritten with few rows
+  const float* turned;    // its transpose; unwritten with few rows, and on matrix units
   const float* weight;
   const float* const* inputs;
   const int64_t* input_rows;  // their row strides
@@ -185,6 +185,7 @@ void gradients(const Linear& p, const Floats& t, int thread, int team) {
       float* const to = t.grad_weight + outputs.begin * p.depth + column;
       const int64_t high = outputs.end - outputs.begin;
       if (few) few_outer_products(p.rows, high, count, t.grad + outputs.begin, p.outputs, from, t.input_rows[i], to, p.depth);
+      else if (split) product(split, high, p.rows, count, t.grad + outputs.begin, 1, p.outputs, from, t.input_rows[i], to, p.depth);
       else product(split, high, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1, from, t.input_rows[i], to, p.depth);
     });
   }
@@ -288,14 +289,14 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   t.grad = active ? made : grad_y;
   const Activation f{p.activation, p.slope};
   const int threads = worth_threads(2 * count * p.depth, call.threads);
-  const bool few = p.rows <= kFewRows;
-  parallel(few ? 1 : threads, [&](int thread, int team) {
+  const bool few = p.rows <= kFewRows, turns = t.grad_weight && !few && !worth_splitting(p);
+  if (active || turns) parallel(few ? 1 : threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
     const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);
     const Range rows{blocks.begin * kLanes, blocks.end * kLanes < p.rows ? blocks.end * kLanes : p.rows};
     for (int64_t r = rows.begin; active && r < rows.end; ++r)
       grad_row(f, grad_y + r * p.outputs, from + r * p.outputs, made + r * p.outputs, p.outputs);
-    if (t.grad_weight && !few) turn(t.grad, turned, p.rows, p.outputs, rows);
+    if (turns) turn(t.grad, turned, p.rows, p.outputs, rows);
   });
   parallel(threads, [&](int thread, int team) { gradients(p, t, thread, team); });
 

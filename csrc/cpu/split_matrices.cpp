@@ -22,21 +22,39 @@ void cut_rows(const float* a, int64_t a_row, int64_t rows, int64_t depth, uint16
     for (int64_t step = 0; step < steps; ++step) {
       const float* const from = a + r * a_row + step * kDepth;
       const int64_t left = depth - step * kDepth;
-      split::cut_along(split::load_up_to(from, left), left > kLanes ? split::load_up_to(from + kLanes, left - kLanes) : zero(),
+      split::cut_along(split::load_up_to(from, left), split::second_half(from, left),
                        to + (r / kSide * steps + step) * kStep + r % kSide * kDepth);
+    }
+}
+
+// The same of a matrix that lies transposed: its rows stand side by side, a_step apart along the depth.
+void cut_turned_rows(const float* a, int64_t a_step, int64_t rows, int64_t depth, uint16_t* to) {
+  const int64_t steps = split::steps_of(depth);
+  for (int64_t step = 0; step < steps; ++step)
+    for (int64_t row = 0; row < rows; row += kSide) {
+      Vec halves[2][kLanes];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t k = step * kDepth + half * kSide;
+        const float* const from = a + k * a_step + row;
+        for (int i = 0; i < kLanes; ++i) halves[half][i] = split::load_up_to(from + i * a_step, k + i < depth ? rows - row : 0);
+        transpose(halves[half]);
+      }
+      uint16_t* const panel = to + (row / kSide * steps + step) * kStep;
+      for (int i = 0; i < kLanes; ++i) split::cut_along(halves[0][i], halves[1][i], panel + i * kDepth);
     }
 }
 
 }  // namespace
 
-bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                       float* c, int64_t c_row) {
+bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                       int64_t b_row, float* c, int64_t c_row) {
   const int64_t steps = split::steps_of(depth);
   IVec other{};
   for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
     const int64_t high = split::least(rows - begin, kRowsAtOnce), panels = split::panels_of(high);
     uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * kStep) * 2));
-    cut_rows(a + begin * a_row, a_row, high, depth, kept);
+    if (a_step == 1) cut_rows(a + begin * a_row, a_row, high, depth, kept);
+    else cut_turned_rows(a + begin, a_step, high, depth, kept);
     split::Product product{kept, steps, {0, panels / 2}, {0, (columns + kWide - 1) / kWide}, nullptr, nullptr};
     product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
     product.sums = scratch_floats(Slot::products, product.room_for_sums());

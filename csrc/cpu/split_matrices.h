@@ -8,10 +8,11 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-// c (rows, columns) = a (rows, depth) b (depth, columns), of rows so many floats apart; false where not all of it is
-// finite, and then c has to be computed in another way. Uses the slots tiles, weight and products.
-bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                       float* c, int64_t c_row);
+// c (rows, columns) = a (rows, depth) b (depth, columns); a(r, k) at a[r * a_row + k * a_step], where one of the two is 1,
+// rows of b and c so many floats apart. False where not all of it is finite, and then c has to be computed in another way.
+// Uses the slots tiles, weight and products.
+bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                       int64_t b_row, float* c, int64_t c_row);
 
 }  // namespace INTERFUSE_ISA
 }  // namespace interfuse

@@ -110,6 +110,12 @@ INTERFUSE_INLINE void turn(uint16_t* step) {
 INTERFUSE_INLINE void clear_sums() {
   asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
 }
+INTERFUSE_INLINE void load_sums(const float* sums) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm0\n\ttileloadd (%2,%1,1), %%tmm1\n\t"
+               "tileloadd (%3,%1,1), %%tmm2\n\ttileloadd (%4,%1,1), %%tmm3" ::"r"(sums),
+               "r"(int64_t(64)), "r"(sums + kSide * kSide), "r"(sums + 2 * kSide * kSide), "r"(sums + 3 * kSide * kSide)
+               : "memory");
+}
 INTERFUSE_INLINE void store_sums(float* sums) {
   asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, (%2,%1,1)\n\t"
                "tilestored %%tmm2, (%3,%1,1)\n\ttilestored %%tmm3, (%4,%1,1)" ::"r"(sums),
@@ -296,23 +302,22 @@ INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
     const Place next = after(p, part, at, kSteps);
     const int64_t count = count_of(at), coming = next.part < p.steps ? count_of(next) : 0;
     const int64_t each = (kWide - 1) / (6 * count * pairs) + 1;
-    const bool first = at.step == 0, last = at.step + count == p.steps;
+    // Of the first two times kSteps the matrix units make one sum.
+    const bool first = at.step == 0, second = at.step == kSteps, last = at.step + count == p.steps;
     line = coming ? 0 : kWide;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const uint16_t* kept = p.kept + ((p.pairs.begin + pair) * 2 * p.steps + at.step) * kStep;
       const uint16_t* streamed = now;
+      float* const sums = p.sums + ((in_parts ? (at.block - p.blocks.begin) * pairs : 0) + pair) * kSums;
       const auto work = [&]() __attribute__((always_inline)) { cut_lines(next, coming, line, each, later); };
-      clear_sums();
+      second ? load_sums(sums) : clear_sums();
       for (int64_t s = 0; s < count; ++s, kept += kStep, streamed += kStep) {
         if constexpr (StreamedFirst) multiply_step(streamed, kPanel, kept, p.steps * kStep, work);
         else multiply_step(kept, p.steps * kStep, streamed, kPanel, work);
       }
-      store_sums(fresh);
-      float* sums = fresh;
-      if (!first || !last) {
-        sums = p.sums + ((in_parts ? (at.block - p.blocks.begin) * pairs : 0) + pair) * kSums;
-        join_sums(sums, fresh, first);
-      }
+      const bool joins = !first && !second;
+      store_sums(joins ? fresh : sums);
+      if (joins) join_sums(sums, fresh, false);
       if (last) take(at.block, p.pairs.begin + pair, sums);
     }
     cut_lines(next, coming, line, kWide, later);
