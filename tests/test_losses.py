@@ -206,8 +206,11 @@ def test_no_logits_in_memory() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["input", "linear_weight", "linear_bias"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_nan_and_infinity_pass_as_in_torch(value: float, where: str, reduction: str) -> None:
-    case = Case("special", 9, 20, 150, reduction=reduction)
+@pytest.mark.parametrize("sizes", [(9, 20, 150), (130, 70, 4001)], ids=["few", "units"])
+def test_nan_and_infinity_pass_as_in_torch(
+    value: float, where: str, reduction: str, sizes: tuple[int, int, int]
+) -> None:
+    case = Case("special", *sizes, reduction=reduction)
     drawn = oracle.tensors(case)
     getattr(drawn, where).view(-1)[5] = value
     results = []

@@ -5,6 +5,9 @@
 // products:
 //
 //   z^T = W x^T,   grad_x^T = W^T G^T,   grad_W = G^T x,    G the gradient of z
+//
+// Where the processor has matrix units, they multiply in float32's precision (split_product.h); what is not finite goes to
+// the vector units.
 #pragma once
 
 #include "common/simd.h"
@@ -40,9 +43,13 @@ INTERFUSE_INLINE Vec exp_in_range(Vec x) {
 #endif
 }
 
-// Classes of a block: as many blocks as give every thread some, where there are few classes.
-INTERFUSE_INLINE int64_t block_of(int64_t classes, int threads) {
-  return smaller(kBlock, (classes + threads * 6 - 1) / (threads * 6) * 6);
+// Whether the matrix units multiply: there are some, and tiles enough for them.
+bool on_matrix_units(int64_t rows, int64_t classes, int64_t depth);
+
+// Classes of a block: as many blocks as give every thread some, where there are few classes; whole tiles.
+INTERFUSE_INLINE int64_t block_of(int64_t classes, int threads, bool split) {
+  const int64_t tile = split ? 32 : 6, most = kBlock / tile * tile;
+  return smaller(most, (classes + threads * tile - 1) / (threads * tile) * tile);
 }
 
 // Rows of a chunk, at most `most`: as many in each, since a last chunk of few would read the weight for little.
@@ -59,7 +66,11 @@ struct Chunk {
   int64_t depth, first, rows, vectors, stride;
   float* turned;  // [block of features][panel of rows][feature], for z
   float* plain;   // [panel of features][row], for grad_W
+  bool split;     // both in pieces, too, for the matrix units
+  uint16_t *turned_pieces, *plain_pieces;
 
+  // Room for the packs of at most `rows` rows.
+  void make_room(int64_t rows);
   void start(int64_t at, int64_t count) { first = at, rows = count, vectors = vectors_of(count), stride = stride_of(count); }
   int64_t wide() const { return vectors_of(depth) * kLanes; }
 };
@@ -67,6 +78,9 @@ struct Chunk {
 // A member's part of packing `rows`, the chunk's first row; turned or plain may be left out.
 void pack(const Chunk& chunk, const float* rows, int64_t row_stride, bool turned, bool plain, int thread, int team);
 void pack(const Chunk& chunk, const uint16_t* rows, int64_t row_stride, bool turned, bool plain, int thread, int team);
+
+// Whether the matrix units may multiply with z, a block's gradient: all of it is finite.
+bool fits_matrix_units(const Chunk& chunk, int64_t count, const float* z);
 
 // z (count, stride) = weight (count, depth) x^T.
 void multiply_rows(const Chunk& chunk, const float* weight, int64_t count, float* z);
@@ -76,23 +90,25 @@ INTERFUSE_INLINE int64_t room_of(int64_t depth) { return kBlockStride * (depth +
 
 // to (count, depth) = or += z x. Each chunk's sum is formed by itself before it is added: one running sum over thousands
 // of rows would round several times as much as torch's products do.
-void weight_gradient(const Chunk& chunk, int64_t count, const float* z, float* room, float* to, bool add);
+void weight_gradient(const Chunk& chunk, bool split, int64_t count, const float* z, float* room, float* to, bool add);
 
 // grad_x^T (depth, stride) of a member's blocks, in groups of them.
 class InputGradient {
  public:
   // sum and group: (depth, stride) each; null where nothing will be added.
   InputGradient(const Chunk& chunk, float* sum, float* group);
-  void add(const float* weight, int64_t count, const float* z, float* room);
+  void add(bool split, const float* weight, int64_t count, const float* z, float* room);
   void close();
 
  private:
+  void add_on_matrix_units(int64_t count, const float* z, const float* turned);
+
   const Chunk& chunk_;
   float *sum_, *group_;
   int64_t grouped_ = 0;
 };
 
-// The `parts` sums of InputGradient, (depth, stride) each, added and turned back: a member's part of (rows, depth).
+// The `count` sums of InputGradient, (depth, stride) each, added and turned back: a member's part of (rows, depth).
 void add_up_inputs(const Chunk& chunk, const float* parts, int count, float* to, int thread, int team);
 void add_up_inputs(const Chunk& chunk, const float* parts, int count, uint16_t* to, int thread, int team);
 

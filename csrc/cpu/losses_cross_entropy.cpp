@@ -51,7 +51,8 @@ class Kernel {
   void run() {
     if (spec_.rows == 0) return no_rows();
     threads_ = worth_threads(spec_.rows * classes_ * depth_, call_.threads);
-    block_ = block_of(classes_, threads_);
+    chunk_.split = on_matrix_units(spec_.rows, classes_, depth_);
+    block_ = block_of(classes_, threads_, chunk_.split);
     blocks_ = (classes_ + block_ - 1) / block_;
     make_room();
     double total = 0;
@@ -83,10 +84,9 @@ class Kernel {
     const int64_t stride = stride_of(smaller(chunk_rows_, spec_.rows));
 
     chunk_.depth = depth_;
-    float* room = scratch_floats(Slot::pack, (depth_ + chunk_.wide()) * stride);
-    chunk_.turned = room, chunk_.plain = room + depth_ * stride;
+    chunk_.make_room(smaller(chunk_rows_, spec_.rows));
     shared_.logits = keeps_logits() ? scratch_floats(Slot::products, classes_ * stride) : nullptr;
-    room = scratch_floats(Slot::rows, (blocks_ + 3 * threads_ + 5) * stride);
+    float* room = scratch_floats(Slot::rows, (blocks_ + 3 * threads_ + 5) * stride);
     shared_.tops = room, room += blocks_ * stride;
     shared_.top = room, room += threads_ * stride;
     shared_.sum = room, room += threads_ * stride;
@@ -244,9 +244,10 @@ class Kernel {
           if (r < rows) parts = parts + load_first(z + j * stride + r, static_cast<int>(rows - r));
           grad_bias_[begin + j] = sum + sum_lanes(parts);
         }
+      const bool split = fits_matrix_units(chunk_, count, z);
       if (grad_weight_)
-        weight_gradient(chunk_, count, z, room + turned, grad_weight_ + begin * depth_, chunk_.first > 0);
-      if (call_.grads.input) inputs.add(weight, count, z, room + turned);
+        weight_gradient(chunk_, split, count, z, room + turned, grad_weight_ + begin * depth_, chunk_.first > 0);
+      if (call_.grads.input) inputs.add(split, weight, count, z, room + turned);
     });
     inputs.close();
   }

@@ -46,7 +46,8 @@ class Kernel {
   void run() {
     if (rows_ == 0) return no_rows();
     threads_ = worth_threads(rows_ * rows_ * depth_, call_.threads);
-    block_ = block_of(rows_, threads_);
+    chunk_.split = on_matrix_units(rows_, rows_, depth_);
+    block_ = block_of(rows_, threads_, chunk_.split);
     blocks_ = (rows_ + block_ - 1) / block_;
     chunk_rows_ = rows_of_chunk(rows_, kMostRows);
     prepare();
@@ -104,10 +105,8 @@ class Kernel {
   // step() for each chunk of rows, packed.
   template <class Step>
   void each_chunk(bool turned, bool plain, Step&& step) {
-    const int64_t stride = stride_of(smaller(chunk_rows_, rows_));
     chunk_.depth = depth_;
-    chunk_.turned = scratch_floats(Slot::pack, (depth_ + chunk_.wide()) * stride);
-    chunk_.plain = chunk_.turned + depth_ * stride;
+    chunk_.make_room(smaller(chunk_rows_, rows_));
     kept_before_ = 0;
     for (int64_t first = 0; first < rows_; first += chunk_rows_) {
       chunk_.start(first, smaller(chunk_rows_, rows_ - first));
@@ -318,8 +317,9 @@ class Kernel {
         const int64_t own = begin + j - chunk_.first;
         if (own >= 0 && own < chunk_.rows) room[j * stride + own] = at_partner_[begin + j];
       }
-      if (second) weight_gradient(chunk_, count, room, turned, second + begin * depth_, chunk_.first > 0);
-      if (first) inputs.add(weight, count, room, turned);
+      const bool split = fits_matrix_units(chunk_, count, room);
+      if (second) weight_gradient(chunk_, split, count, room, turned, second + begin * depth_, chunk_.first > 0);
+      if (first) inputs.add(split, weight, count, room, turned);
     });
     inputs.close();
   }

@@ -27,6 +27,7 @@ const Problem kProblems[] = {
     {140, 9, true, false, 0.1f, INTERFUSE_REDUCE_SUM},
     {530, 5, true, true, 0.2f, INTERFUSE_REDUCE_NONE},
     {530, 5, true, false, 0.25f, INTERFUSE_REDUCE_MEAN},
+    {715, 66, true, true, 0.07f, INTERFUSE_REDUCE_MEAN},  // enough for matrix units
     {0, 4, true, true, 1, INTERFUSE_REDUCE_SUM},
 };
 // clang-format on

@@ -50,6 +50,9 @@ SMALL = (
              label_smoothing=smoothing, weighted=weighted, ignored=3)
         for reduction in REDUCTIONS for smoothing in (0.0, 0.2, 1.0) for weighted in (False, True)
     ),
+    # Enough for matrix units, with tails.
+    Case("units-130-70-4001", 130, 70, 4001, ignored=5),
+    Case("units-530-65-1003", 530, 65, 1003, reduction="none", label_smoothing=0.1, weighted=True),
     Case("no-bias", 20, 20, 9, bias=False),
     Case("no-bias-none", 20, 20, 9, bias=False, reduction="none"),
     Case("no-rows-sum", 0, 12, 6, reduction="sum"),
