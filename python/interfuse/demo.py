@@ -127,19 +127,22 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> str | None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["rows"]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.7 * len(rows)), layout="constrained")
-    for k, name in enumerate(("torch", "interfuse")):
-        places = [i + 0.4 * k - 0.2 for i in range(len(rows))]
-        bars = axis.barh(places, [row["times"][name] * 1e3 for row in rows], height=0.38, label=name)
-        labels = [f"{row['ratio']:.1f}x" if name == "interfuse" else "" for row in rows]
-        axis.bar_label(bars, labels, padding=3)
-    axis.set_yticks(range(len(rows)), [row["part"] for row in rows])
+    named = [(row["part"], row["times"]) for row in result["rows"]]
+    named += [(f"{row['model']}\n{row['mode']}", row["times"]) for row in result["models"]]
+    ways = {"torch": "torch", "optimize": "torch's, through optimize()", "interfuse": "interfuse"}
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.8 * len(named)), layout="constrained")
+    for k, (way, label) in enumerate(ways.items()):
+        there = [(i, times) for i, (_, times) in enumerate(named) if way in times]
+        shares = [times[way] / times["torch"] for _, times in there]
+        bars = axis.barh([i + 0.27 * (k - 1) for i, _ in there], shares, height=0.25, label=label)
+        axis.bar_label(bars, [f"{milliseconds(times[way])} ms" for _, times in there], padding=3)
+    axis.set_yticks(range(len(named)), [name for name, _ in named])
     axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_xlabel("ms a call (ratio: torch's time over interfuse's)")
-    axis.set_title(f"CNN blocks, {'x'.join(map(str, result['input']))}, {result['threads']} threads")
-    axis.legend()
+    axis.margins(x=0.15)
+    axis.set_xlabel("time of a call, as a share of torch's")
+    shape = "x".join(map(str, result["input"]))
+    axis.set_title(f"CNN blocks, {shape}, and fusion models, {result['threads']} threads")
+    axis.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return None
