@@ -33,12 +33,6 @@ def names(further: bool, quick: bool) -> list[str]:
     return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> AttentionWorkload:
     """By name; 'NAME@tiny' is the same case with few queries and keys."""
     plain, _, variant = name.partition("@")

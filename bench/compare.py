@@ -15,6 +15,7 @@ import torch
 from interfuse.bench import noise, peers, roofline, workers
 
 import interfuse
+from interfuse import _native
 
 SCHEMA = 1
 
@@ -59,7 +60,7 @@ def run(op: str, cases: Sequence[str], settings: Settings, tick: Tick = lambda l
         "op": op,
         "machine": roofline.machine(),
         "versions": {"interfuse": interfuse.__version__, "torch": torch.__version__},
-        "isa": module.isa(),
+        "isa": _native.info()["isa"],
         "peak": dataclasses.asdict(peak),
         "settings": dataclasses.asdict(settings),
         "together": together,

@@ -70,12 +70,6 @@ def sweep_rows(only: Sequence[str] | None, quick: bool, training: bool, threads:
             yield from sweep.rows(made.tiny(40) if quick else made, training, seconds, threads)
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> ConvPoolWorkload:
     """By name; 'NAME@tiny' is the same case on a batch of one and small images."""
     plain, _, variant = name.partition("@")

@@ -42,12 +42,6 @@ def gpu_names() -> list[str]:
     return ["info-nce-4096x256"]
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> LossWorkload | PairWorkload:
     """By name; 'NAME@tiny' is the same case with eight rows and at most a hundred classes or features."""
     plain, _, variant = name.partition("@")

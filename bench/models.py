@@ -52,12 +52,6 @@ def names(further: bool, quick: bool) -> list[str]:
     return [f"{case.name}{'@tiny' if quick else ''}" for case in CASES]
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> ModelWorkload:
     """By name; 'NAME@tiny' is the same model on the smallest pictures and few steps."""
     plain, _, variant = name.partition("@")

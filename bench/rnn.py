@@ -48,12 +48,6 @@ def gpu_names() -> list[str]:
     return [case.name for case in cases.GPU]
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> RnnWorkload:
     """By name; 'NAME@tiny' is the same case on few short sequences."""
     plain, _, variant = name.partition("@")

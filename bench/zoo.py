@@ -28,12 +28,6 @@ def names(further: bool, quick: bool) -> list[str]:
     return [f"{name}{'@tiny' if quick else ''}" for name in ENTRIES]
 
 
-def isa() -> str:
-    from interfuse import _native
-
-    return str(_native.info()["isa"])
-
-
 def workload(name: str) -> ZooWorkload:
     """By name; 'NAME@tiny' is the same model as the tests have it."""
     plain, _, variant = name.partition("@")
