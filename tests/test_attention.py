@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import attention_oracle as oracle
 import pytest
@@ -50,6 +51,34 @@ def test_gradients_of_named_cases(case: Case, dtype: torch.dtype) -> None:
             assert ours.norm() <= tolerance.attention_gradient(dtype) * grad.norm()
         else:
             assert tolerance.error(ours, theirs) <= tolerance.attention_gradient(dtype)
+
+
+def random_case(seed: int) -> Case:
+    random = Random(seed)
+    kv_heads = random.randint(1, 3)
+    return Case(
+        f"seed-{seed}",
+        batch=random.randint(2, 3),
+        heads=kv_heads * random.randint(1, 3),
+        queries=random.choice([random.randint(1, 31), random.randint(32, 150)]),
+        keys=random.choice([random.randint(8, 31), random.randint(32, 300), random.randint(500, 600)]),
+        head_dim=random.choice([random.randint(1, 16), random.randint(17, 90)]),
+        kv_heads=kv_heads,
+        value_dim=random.randint(1, 90),
+        mask=random.choice(["", "", "boolean", "additive", "padding", "per-head", "empty-rows"]),
+        ragged=random.random() < 0.5,
+        causal=random.random() < 0.5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed: int) -> None:
+    case = random_case(seed)
+    leaves, y, _, _ = oracle.make(case).truth()
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    truth = [y, *torch.autograd.grad(y, leaves, grad.double())]
+    for ours, theirs in zip(oracle.gradients(case), truth, strict=True):
+        assert tolerance.error(ours, theirs) <= tolerance.attention_gradient(torch.float32), case
 
 
 @pytest.mark.parametrize("name", ["bar-like", "two-blocks", "tails", "grouped", "long", "many-tiles"])
