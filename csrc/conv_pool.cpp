@@ -19,8 +19,8 @@ struct Algorithm {
   void (*ConvPoolKernels::*run)(const ConvPool&, const ConvPoolForward&);
 };
 const Algorithm algorithms[] = {
-    {"matrix", interfuse::matrix_why_not, &ConvPoolKernels::matrix},
     {"winograd", interfuse::winograd_why_not, &ConvPoolKernels::winograd},
+    {"matrix", interfuse::matrix_why_not, &ConvPoolKernels::matrix},
     {"direct", [](const ConvPool&) { return std::string(); }, &ConvPoolKernels::direct},
 };
 
