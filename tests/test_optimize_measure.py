@@ -111,7 +111,7 @@ def test_inference_and_training_are_decided_apart(
     faster: str, clock: Times, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock[:] = [(2.0, 1.0), (1.0, 2.0)] if faster == "inference" else [(1.0, 2.0), (2.0, 1.0)]
-    clock.append((1.0, 1.0))
+    clock.append((1.0, 0.9))
     model = interfuse.optimize(block(), X)
     (row,) = interfuse.explain(model).rows
     assert row.fused

@@ -123,14 +123,16 @@ def _measured(
                 method.unbind()
 
         whole = WholeModel(model, examples, put, take)
-        reason = whole.differs(next(iter(paying.values())).weight_dtype) or whole.slower(seconds / 4)
+        reason = whole.differs(next(iter(paying.values())).weight_dtype)
         kept = {} if reason else paying
-        if any(site.training for site in kept.values()):
-            reason = whole.slower_training(seconds / 4)
-            if reason is not None:
-                for site in paying.values():
-                    site.training = False
-                kept = {identity: site for identity, site in paying.items() if site.inference}
+        for kind, slower in (("inference", whole.slower), ("training", whole.slower_training)):
+            if any(getattr(site, kind) for site in kept.values()):
+                loss = slower(seconds / 4)
+                if loss is not None:
+                    reason = reason or loss
+                    for site in kept.values():
+                        setattr(site, kind, False)
+        kept = {identity: site for identity, site in kept.items() if site.inference or site.training}
         take()
         _bind(plan, kept)
         for identity in paying.keys() - kept.keys():

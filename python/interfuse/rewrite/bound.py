@@ -109,13 +109,13 @@ class ModuleForward(Bound):
         self.sites[WHOLE].pattern.stands()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and self.sites[WHOLE].leaves(args[0], args[1:], kwargs):
-            return type(self.owner).forward(self.owner, *args, **kwargs)
         plain = PlainForward(self.owner)
         if not args:
             if self.first not in kwargs:
                 return plain(**kwargs)
             args = (kwargs.pop(self.first),)
+        if self.sites[WHOLE].leaves(args[0], args[1:], kwargs):
+            return plain(*args, **kwargs)
         return self.sites[WHOLE]([(plain, args[1:], kwargs)], args[0])
 
 
