@@ -65,6 +65,9 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
           for (int64_t i = 0; i < count; ++i) {
             const int64_t k = (step + i) * kDepth + line % kSide * 2;
             const float* const from = b + k * b_row + column;
+            // 128 bytes of a row at a time are no stream that the processor would fetch by itself.
+            __builtin_prefetch(from + kWide, 0, 2);
+            if (k + 1 < depth) __builtin_prefetch(from + b_row + kWide, 0, 2);
             split::cut_across(k < depth ? split::load_up_to(from, left) : zero(),
                               k + 1 < depth ? split::load_up_to(from + b_row, left) : zero(), to + i * kStep);
           }
@@ -76,6 +79,7 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
             for (int64_t r = 0; count > 0 && r < split::least(high - row, kSide); ++r) {
               const Vec line = load(sums + r * kSide);
               split::look(line, other);
+              __builtin_prefetch(c + (begin + row + r) * c_row + column + kWide, 1, 2);
               store_first(c + (begin + row + r) * c_row + column, line, count);
             }
           }
