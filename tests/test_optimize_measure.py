@@ -16,7 +16,7 @@ from models_zoo import ZOO
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.rewrite import measure
+from interfuse.rewrite import conv_pool, measure
 from interfuse.rewrite.bound import RewrittenMethod
 from interfuse.rewrite.conv_pool import ConvPool
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Times = list[tuple[float, float]]
+
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 @pytest.fixture
@@ -321,15 +323,16 @@ def test_with_a_real_clock() -> None:
         assert faster or not row.fused or row.reason == "in training only"
 
 
-def test_rules_decide_where_nothing_is_measured() -> None:
+def test_small_convolutions_train_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small convolutions without a pool train by torch's own functions, call after call; nothing else."""
+    monkeypatch.setattr(conv_pool, "LEAST_PRODUCTS", 64_000_000)
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Tanh(), nn.MaxPool2d(2))
     model, x = interfuse.optimize(copy.deepcopy(plain)), torch.randn(2, 3, 12, 12)
     for _ in range(3):
         y = model(x)
         first, second = interfuse.explain(model).rows
-        assert "less than 64 million products" in first.reason
+        assert "less than 64 million products" in first.verdict
         assert second.kernel.startswith("native")
     torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
