@@ -23,7 +23,7 @@ foreach(source IN LISTS test_sources)
     add_test(NAME ${stem}.${isa} COMMAND interfuse_tests ${stem})
     set_tests_properties(${stem}.${isa} PROPERTIES SKIP_RETURN_CODE 77 ENVIRONMENT "INTERFUSE_ISA=${isa}")
   endforeach()
-  if(stem MATCHES "^test_(linear|losses|losses_info_nce|rnn)$")
+  if(stem MATCHES "^test_(attention|conv_pool|conv_pool_backward|linear|losses|losses_info_nce|rnn)$")
     # Not held to one set, which is how the processor's matrix units are used.
     add_test(NAME ${stem} COMMAND interfuse_tests ${stem})
   endif()

@@ -12,7 +12,7 @@ from interfuse.dispatch import choose, refusals
 from interfuse.nn.attention import Weights, multihead_forward, weights_of, what_is_wrong
 from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
 from interfuse.ops.attention import IMPLEMENTATIONS
-from interfuse.rewrite.known import PLAIN_TENSORS
+from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
 
 if TYPE_CHECKING:
@@ -85,14 +85,15 @@ class Attention:
         return False
 
     def refuse(self, module: nn.Module) -> str | None:
-        name = type(module).__name__
-        if any(nn.utils.parametrize.is_parametrized(m) for m in module.modules()):
-            return "its weights are parametrised, so that they are computed anew at every call"
-        if type(module) is not nn.MultiheadAttention:
-            return f"its type {name} is not exactly nn.MultiheadAttention, so it may compute something else"
+        reason = why_not_type(module, (nn.MultiheadAttention,), "nn.MultiheadAttention")
+        if reason is not None:
+            return reason
+        out_proj: Any = module.out_proj
+        if nn.utils.parametrize.is_parametrized(out_proj):
+            return "its out_proj is parametrised, so that its weights are computed anew at every call"
         if type(module).forward is not _FORWARD or not _FORWARD.__module__.startswith("torch."):
-            return f"{name} is of a class whose forward was replaced"
-        dtype = module.out_proj.weight.dtype
+            return f"{type(module).__name__} is of a class whose forward was replaced"
+        dtype = out_proj.weight.dtype
         if dtype not in _DTYPES:
             return f"its weights are {dtype}; the kernels take float32, bfloat16 and float16"
         return None

@@ -22,8 +22,10 @@ from interfuse.rewrite.known import (
     Activation,
     Pool,
     activation_of,
+    is_quantised,
     pool_of,
     touched,
+    why_not_type,
 )
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
 from interfuse.torch_state import is_untouched
@@ -89,17 +91,17 @@ class ConvPool:
         pass
 
     def anchors(self, module: nn.Module) -> bool:
-        where = type(module).__module__
-        return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or (
-            where.startswith("torch.ao.nn") and where.endswith("conv")
-        )
+        return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or is_quantised(module, "conv")
 
     def leads(self, callee: object) -> bool:
         return False
 
     def refuse(self, module: nn.Module) -> str | None:
-        if type(module) not in CONVOLUTIONS:
-            return _why_not_type(module)
+        if isinstance(module, TRANSPOSED):
+            return f"{type(module).__name__} is a transposed convolution, which has no fused kernel"
+        reason = why_not_type(module, CONVOLUTIONS, "nn.Conv1d, Conv2d or Conv3d")
+        if reason is not None:
+            return reason
         watched = touched(module)
         if watched:
             return f"{type(module).__name__} {watched}"
@@ -276,19 +278,6 @@ def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bo
 def _autocast(value: Tensor) -> torch.dtype | None:
     """The dtype that autocast would have the convolution compute in."""
     return None if value.dtype is torch.float64 else autocast_dtype(value.device)
-
-
-def _why_not_type(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return f"{name} has no weight yet: call the model once, then optimise it"
-    if isinstance(module, TRANSPOSED):
-        return f"{name} is a transposed convolution, which has no fused kernel"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrised, so that it is computed anew at every call"
-    if type(module).__module__.startswith("torch.ao."):
-        return f"{name} is a quantised module, or one being prepared for it"
-    return f"its type {name} is not exactly nn.Conv1d, Conv2d or Conv3d, so it may compute something else"
 
 
 def _first_activation(links: Sequence[StaticLink], at: int) -> Activation | None:

@@ -7,7 +7,7 @@ module counts only if its type is exactly torch's, its forward is torch's, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,6 +52,26 @@ class Pool(NamedTuple):
     padding: Any
     ceil_mode: bool
     count_include_pad: bool
+
+
+def is_quantised(module: nn.Module, file: str) -> bool:
+    """Whether a module is of the `file` of torch.ao.nn that has these operations; not its packed weights."""
+    where, name = type(module).__module__, type(module).__name__
+    return where.startswith("torch.ao.nn") and where.endswith(file) and "Packed" not in name
+
+
+def why_not_type(module: nn.Module, types: Container[object], names: str) -> str | None:
+    """Why a module may compute something else than torch's `types`, which the report calls `names`."""
+    name = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{name} has no weight yet: call the model once, then optimise it"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it is parametrised, so that its weights are computed anew at every call"
+    if type(module).__module__.startswith("torch.ao."):
+        return f"{name} is a quantised module, or one being prepared for it"
+    if type(module) not in types:
+        return f"its type {name} is not exactly {names}, so it may compute something else"
+    return None
 
 
 def touched(module: nn.Module) -> str | None:

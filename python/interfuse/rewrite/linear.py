@@ -15,7 +15,7 @@ from interfuse.dispatch import choose, refusals
 from interfuse.ops._linear_checks import Options, check, resolve
 from interfuse.ops._linear_problem import DTYPES
 from interfuse.ops.linear import IMPLEMENTATIONS, linear
-from interfuse.rewrite.known import PLAIN_TENSORS, activation_of, touched
+from interfuse.rewrite.known import PLAIN_TENSORS, activation_of, is_quantised, touched, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
 from interfuse.torch_state import current_parameters, is_untouched
 
@@ -55,9 +55,8 @@ class Linear:
 
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
-        quantised = where.startswith("torch.ao.nn") and where.endswith("linear")
         # Its subclass in MultiheadAttention is never called.
-        return quantised or (
+        return is_quantised(module, "linear") or (
             isinstance(module, nn.Linear)
             and not where.startswith("interfuse.")
             and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -67,18 +66,12 @@ class Linear:
         return any(callee is concatenation for concatenation in CONCATENATIONS)
 
     def refuse(self, module: nn.Module) -> str | None:
-        name = type(module).__name__
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            return f"{name} has no weight yet: call the model once, then optimise it"
-        if nn.utils.parametrize.is_parametrized(module):
-            return "its weight is parametrised, so that it is computed anew at every call"
-        if type(module).__module__.startswith("torch.ao."):
-            return f"{name} is a quantised module, or one being prepared for it"
-        if type(module) is not nn.Linear:
-            return f"its type {name} is not exactly nn.Linear, so it may compute something else"
+        reason = why_not_type(module, (nn.Linear,), "nn.Linear")
+        if reason is not None:
+            return reason
         watched = touched(module)
         if watched:
-            return f"{name} {watched}"
+            return f"{type(module).__name__} {watched}"
         if module.weight.dtype not in DTYPES:
             return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
         return None

@@ -16,7 +16,7 @@ from interfuse.autocast import autocast_dtype
 from interfuse.dispatch import choose, refusals
 from interfuse.ops._losses_problem import DTYPES, CrossEntropyParams, CrossEntropyProblem
 from interfuse.ops.losses import IMPLEMENTATIONS, linear_cross_entropy
-from interfuse.rewrite.known import PLAIN_TENSORS
+from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink
 
 if TYPE_CHECKING:
@@ -47,18 +47,16 @@ class Losses:
     def refuse(self, module: nn.Module) -> str | None:
         name: Any = type(module).__name__
         loss: Any = module
-        if type(module) is not MODULE:
-            return (
-                f"its type {name} is not exactly nn.LinearCrossEntropyLoss, so it may compute something else"
-            )
+        reason = why_not_type(module, (MODULE,), "nn.LinearCrossEntropyLoss")
+        if reason is not None:
+            return reason
         if type(module).forward is not FORWARD:
             return f"{name} is of a class whose forward was replaced"
         if loss.out_features != ():
             return f"its out_features are {loss.out_features}; the op takes one label for each row"
-        if type(loss.linear) is not nn.Linear:
-            return f"its linear layer is a {type(loss.linear).__name__} and not exactly nn.Linear"
-        if nn.utils.parametrize.is_parametrized(loss.linear):
-            return "its weights are parametrised, so that they are computed anew at every call"
+        reason = why_not_type(loss.linear, (nn.Linear,), "nn.Linear")
+        if reason is not None:
+            return f"of its linear layer: {reason}"
         if loss.linear.weight.dtype not in DTYPES[:3]:
             return (
                 f"its weights are {loss.linear.weight.dtype}; the kernels take float32, bfloat16 and float16"

@@ -17,7 +17,7 @@ from interfuse.nn.rnn_embedding import why_not_embedding
 from interfuse.ops._rnn_problem import DTYPES, RnnProblem
 from interfuse.ops.rnn import IMPLEMENTATIONS
 from interfuse.rewrite.bound import ModuleForward, PlainForward
-from interfuse.rewrite.known import PLAIN_TENSORS, touched
+from interfuse.rewrite.known import PLAIN_TENSORS, is_quantised, touched, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
 from interfuse.torch_state import (
     current_parameters,
@@ -47,23 +47,21 @@ class Rnn:
 
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
-        return (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not where.startswith("interfuse.")) or (
-            where.startswith("torch.ao.nn") and where.endswith("rnn")
+        return is_quantised(module, "rnn") or (
+            isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not where.startswith("interfuse.")
         )
 
     def leads(self, callee: object) -> bool:
         return isinstance(callee, nn.Embedding) and not type(callee).__module__.startswith("interfuse.")
 
     def refuse(self, module: nn.Module) -> str | None:
-        name, forward = type(module).__name__, MODULES.get(type(module))
+        name = type(module).__name__
         if type(module) in CELLS:
             return f"{name} is one step; interfuse.nn.{name} runs it, but only a whole sequence pays"
-        if nn.utils.parametrize.is_parametrized(module):
-            return "its weights are parametrised, so that they are computed anew at every call"
-        if type(module).__module__.startswith("torch.ao."):
-            return f"{name} is a quantised module, or one being prepared for it"
-        if forward is None:
-            return f"its type {name} is not exactly nn.RNN, LSTM or GRU, so it may compute something else"
+        reason = why_not_type(module, MODULES, "nn.RNN, LSTM or GRU")
+        if reason is not None:
+            return reason
+        forward = MODULES[type(module)]
         if type(module).forward is not forward or not forward.__module__.startswith("torch."):
             return f"{name} is of a class whose forward was replaced"
         dtype = module.weight_hh_l0.dtype
@@ -182,8 +180,9 @@ class Rnn:
 
 
 def _why_not_embedding(module: nn.Module) -> str | None:
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrised, so that it is computed anew at every call"
+    reason = why_not_type(module, (nn.Embedding,), "nn.Embedding")
+    if reason is not None:
+        return reason
     watched = touched(module)
     if watched:
         return f"{type(module).__name__} {watched}"
