@@ -7,6 +7,7 @@
 #include "cpu/linear_product.h"
 #include "common/matrix_units.h"
 #include "common/scratch.h"
+#include "common/stream.h"
 #include "common/transpose.h"
 #include "cpu/linear.h"
 #include "cpu/split_matrices.h"
@@ -56,13 +57,13 @@ void block_product(int64_t rows, int64_t depth, int64_t columns, const float* a,
   for (int64_t r = 0; r < rows; ++r) store_first(c + r * c_row, load(sums + r * kLanes), left);
 }
 
-// c = a b; `split`: on the matrix units.
+// c = a b; `split`: on the matrix units, and then with `past` past the caches.
 void product(bool split, int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step,
-             const float* b, int64_t b_row, float* c, int64_t c_row) {
+             const float* b, int64_t b_row, float* c, int64_t c_row, bool past = false) {
 #if defined(INTERFUSE_SPLIT_PRODUCT)
-  if (split && multiply_matrices(rows, depth, columns, a, a_row, a_step, b, b_row, c, c_row)) return;
+  if (split && multiply_matrices(rows, depth, columns, a, a_row, a_step, b, b_row, c, c_row, past)) return;
 #else
-  (void)split;
+  (void)split, (void)past;
 #endif
   for (int64_t column = 0; column < columns; column += kColumnsAtOnce) {
     const int64_t wide = columns - column < kColumnsAtOnce ? columns - column : kColumnsAtOnce;
@@ -77,49 +78,84 @@ void product(bool split, int64_t rows, int64_t depth, int64_t columns, const flo
   }
 }
 
-// With so few rows both gradients take the time of reading and writing a matrix as large as the weight: along its rows.
-constexpr int64_t kFewRows = 4, kColumnsRead = 4096, kRowsRead = 8;
+// With so few rows both gradients take the time of reading and writing a matrix as large as the weight, if that comes from
+// memory: along its rows.
+constexpr int64_t kFewRows = 4, kFewRowsOfLarge = 19, kLargeBytes = int64_t(8) << 20;
+constexpr int64_t kColumnsRead = 4096;
+
+bool few_rows(const Linear& p) {
+  return p.rows <= kFewRows || (p.rows <= kFewRowsOfLarge && p.outputs * p.depth * 4 >= kLargeBytes);
+}
 
 // c (rows, columns) = a b with few rows, a dense.
 void few_products(int64_t rows, int64_t depth, int64_t columns, const float* a, const float* b, int64_t b_row, float* c,
                   int64_t c_row) {
   for (int64_t column = 0; column < columns; column += kColumnsRead) {
     const int64_t wide = columns - column < kColumnsRead ? columns - column : kColumnsRead;
-    int64_t k = 0;
-    const auto add = [&](auto count) __attribute__((always_inline)) {
-      constexpr int kCount = decltype(count)::value;
-      for (int64_t r = 0; r < rows; ++r) {
-        const float *from = b + k * b_row + column, *factors = a + r * depth + k;
-        float* const to = c + r * c_row + column;
-        along_row(wide, [&](auto&& read, auto&& write) __attribute__((always_inline)) {
-          Vec sum = k > 0 ? read(to) : zero();
-          unrolled<kCount>([&](int i) __attribute__((always_inline)) {
-            sum = multiply_add(splat(factors[i]), read(from + i * b_row), sum);
+    const auto add = [&](auto high, auto deep, int64_t r, int64_t k) __attribute__((always_inline)) {
+      constexpr int kHigh = decltype(high)::value, kDeep = decltype(deep)::value;
+      const float *const from = b + k * b_row + column, *const factors = a + r * depth + k;
+      float* const to = c + r * c_row + column;
+      along_row(wide, [&](auto&& read, auto&& write) __attribute__((always_inline)) {
+        Vec sums[kHigh];
+        unrolled<kHigh>([&](int i) __attribute__((always_inline)) { sums[i] = k > 0 ? read(to + i * c_row) : zero(); });
+        unrolled<kDeep>([&](int j) __attribute__((always_inline)) {
+          const Vec value = read(from + j * b_row);
+          unrolled<kHigh>([&](int i) __attribute__((always_inline)) {
+            sums[i] = multiply_add(splat(factors[i * depth + j]), value, sums[i]);
           });
-          write(to, sum);
         });
-      }
-      k += kCount;
+        unrolled<kHigh>([&](int i) __attribute__((always_inline)) { write(to + i * c_row, sums[i]); });
+      });
     };
-    while (k + kRowsRead <= depth) add(Count<kRowsRead>{});
-    while (k < depth) add(Count<1>{});
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8) {
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4) add(Count<4>{}, Count<4>{}, r, k), add(Count<4>{}, Count<4>{}, r, k + 4);
+      for (; r < rows; ++r) add(Count<1>{}, Count<8>{}, r, k);
+    }
+    for (; k < depth; ++k)
+      for (int64_t r = 0; r < rows; ++r) add(Count<1>{}, Count<1>{}, r, k);
   }
 }
 
-// c (columns of a, columns) = a^T b with few rows of a and b.
+// c (columns of a, columns) = a^T b with few rows of a and b; `past`: past the caches.
 void few_outer_products(int64_t rows, int64_t outputs, int64_t columns, const float* a, int64_t a_row, const float* b,
-                        int64_t b_row, float* c, int64_t c_row) {
-  for (int64_t column = 0; column < columns; column += kColumnsRead) {
-    const int64_t wide = columns - column < kColumnsRead ? columns - column : kColumnsRead;
+                        int64_t b_row, float* c, int64_t c_row, bool past) {
+  constexpr int kVectors = 8;
+  const int64_t at_once = (kColumnsRead / rows + kVectors * kLanes - 1) / (kVectors * kLanes) * (kVectors * kLanes);
+  for (int64_t column = 0; column < columns; column += at_once) {
+    const int64_t wide = columns - column < at_once ? columns - column : at_once;
     for (int64_t n = 0; n < outputs; ++n) {
       float* const to = c + n * c_row + column;
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec factor = splat(a[r * a_row + n]);
-        const float* const from = b + r * b_row + column;
-        along_row(wide, [&](auto&& read, auto&& write) __attribute__((always_inline)) {
-          write(to, r > 0 ? multiply_add(factor, read(from), read(to)) : factor * read(from));
-        });
-      }
+      // `write` vectors from `at` on, which `read` reads.
+      const auto sum = [&](auto vectors, int64_t at, auto&& read, auto&& write) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(vectors)::value;
+        Vec sums[kCount] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec factor = splat(a[r * a_row + n]);
+          const float* const from = b + r * b_row + column + at;
+          unrolled<kCount>([&](int i) __attribute__((always_inline)) {
+            const Vec value = read(from + i * kLanes);
+            sums[i] = r > 0 ? multiply_add(factor, value, sums[i]) : factor * value;
+          });
+        }
+        unrolled<kCount>([&](int i) __attribute__((always_inline)) { write(to + at + i * kLanes, sums[i]); });
+      };
+      const auto some = [&](int64_t at, int count) __attribute__((always_inline)) {
+        sum(Count<1>{}, at, [&](const float* from) __attribute__((always_inline)) { return load_first(from, count); },
+            [&](float* end, Vec v) __attribute__((always_inline)) { store_first(end, v, count); });
+      };
+      const auto whole = [&](auto vectors, int64_t at) __attribute__((always_inline)) {
+        sum(vectors, at, [](const float* from) __attribute__((always_inline)) { return load(from); },
+            [&](float* end, Vec v) __attribute__((always_inline)) { past ? store_past(end, v) : store(end, v); });
+      };
+      const int64_t before = past ? before_line(to) : 0;
+      int64_t at = before < wide ? before : wide;
+      if (at) some(0, static_cast<int>(at));
+      for (; at + kVectors * kLanes <= wide; at += kVectors * kLanes) whole(Count<kVectors>{}, at);
+      for (; at + kLanes <= wide; at += kLanes) whole(Count<1>{}, at);
+      if (at < wide) some(at, static_cast<int>(wide - at));
     }
   }
 }
@@ -133,6 +169,7 @@ struct Floats {
   float* const* grad_inputs;  // dense, or null
   float* grad_weight;
   float* grad_bias;
+  bool past;  // grad_weight is larger than the caches
 };
 
 // Columns begin to end of the weight, cut where an input ends: body(input, offset in it, column, count).
@@ -157,7 +194,7 @@ bool worth_splitting([[maybe_unused]] const Linear& p) {
 }
 
 void gradients(const Linear& p, const Floats& t, int thread, int team) {
-  const bool split = worth_splitting(p), few = p.rows <= kFewRows;
+  const bool split = worth_splitting(p), few = few_rows(p);
   const int64_t units = (p.depth + kPanel - 1) / kPanel;
   Range columns{0, p.depth}, rows{0, p.rows};
   if (units >= 4 * team) {
@@ -184,10 +221,11 @@ void gradients(const Linear& p, const Floats& t, int thread, int team) {
       const float* const from = t.inputs[i] + offset;
       float* const to = t.grad_weight + outputs.begin * p.depth + column;
       const int64_t high = outputs.end - outputs.begin;
-      if (few) few_outer_products(p.rows, high, count, t.grad + outputs.begin, p.outputs, from, t.input_rows[i], to, p.depth);
-      else if (split) product(split, high, p.rows, count, t.grad + outputs.begin, 1, p.outputs, from, t.input_rows[i], to, p.depth);
+      if (few) few_outer_products(p.rows, high, count, t.grad + outputs.begin, p.outputs, from, t.input_rows[i], to, p.depth, t.past);
+      else if (split) product(split, high, p.rows, count, t.grad + outputs.begin, 1, p.outputs, from, t.input_rows[i], to, p.depth, t.past);
       else product(split, high, p.rows, count, t.turned + outputs.begin * p.rows, p.rows, 1, from, t.input_rows[i], to, p.depth);
     });
+    end_stores_past();
   }
   if (!t.grad_bias) return;
   const Range mine = share(p.outputs, thread, team);
@@ -264,7 +302,7 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   int64_t* const input_rows = reinterpret_cast<int64_t*>(lists + 2 * each);
 
   Floats t{nullptr, turned, static_cast<const float*>(call.weight), inputs, input_rows, grad_inputs,
-           static_cast<float*>(call.grad_weight), static_cast<float*>(call.grad_bias)};
+           static_cast<float*>(call.grad_weight), static_cast<float*>(call.grad_bias), !half && weights * 4 >= kStreamedBytes};
   const float *grad_y = static_cast<const float*>(call.grad_y), *from = static_cast<const float*>(saved);
   for (int64_t i = 0; i < p.input_count; ++i) {
     inputs[i] = static_cast<const float*>(call.inputs[i]);
@@ -289,7 +327,7 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   t.grad = active ? made : grad_y;
   const Activation f{p.activation, p.slope};
   const int threads = worth_threads(2 * count * p.depth, call.threads);
-  const bool few = p.rows <= kFewRows, turns = t.grad_weight && !few && !worth_splitting(p);
+  const bool few = few_rows(p), turns = t.grad_weight && !few && !worth_splitting(p);
   if (active || turns) parallel(few ? 1 : threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
     const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);

@@ -1,6 +1,7 @@
 #include "cpu/split_matrices.h"
 
 #include "common/scratch.h"
+#include "common/stream.h"
 
 #if defined(INTERFUSE_SPLIT_PRODUCT)
 
@@ -47,7 +48,7 @@ void cut_turned_rows(const float* a, int64_t a_step, int64_t rows, int64_t depth
 }  // namespace
 
 bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                       int64_t b_row, float* c, int64_t c_row) {
+                       int64_t b_row, float* c, int64_t c_row, bool past) {
   const int64_t steps = split::steps_of(depth);
   IVec other{};
   for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
@@ -79,8 +80,13 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
             for (int64_t r = 0; count > 0 && r < split::least(high - row, kSide); ++r) {
               const Vec line = load(sums + r * kSide);
               split::look(line, other);
-              __builtin_prefetch(c + (begin + row + r) * c_row + column + kWide, 1, 2);
-              store_first(c + (begin + row + r) * c_row + column, line, count);
+              float* const to = c + (begin + row + r) * c_row + column;
+              if (past && count == kSide && !before_line(to)) {
+                store_past(to, line);
+              } else {
+                __builtin_prefetch(to + kWide, 1, 2);
+                store_first(to, line, count);
+              }
             }
           }
         });

@@ -265,7 +265,10 @@ INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, T
     if constexpr (StreamedFirst) multiply_step(now, kStep, kept, p.steps * kStep, work);
     else multiply_step(kept, p.steps * kStep, now, kStep, work);
     const bool last = at.step + 1 == p.steps;
-    if (++held == kSteps || last || next.block != at.block || next.part != at.part) {
+    // The same sums as multiply_all makes: of the first two times kSteps one.
+    const bool full = (at.step + 1) % kSteps == 0 && at.step + 1 != kSteps;
+    ++held;
+    if (full || last || next.block != at.block || next.part != at.part) {
       store_sums(fresh);
       float* const sums = p.sums + (p.in_parts() ? at.block - p.blocks.begin : 0) * kSums;
       join_sums(sums, fresh, at.step < held);

@@ -35,8 +35,11 @@ const Problem kProblems[] = {
     {29, 70, {4300}, INTERFUSE_NONE, true},
     {130, 150, {70, 5}, INTERFUSE_RELU, true},
     {141, 43, {70, 5, 200}, INTERFUSE_NONE, true},
-    {1, 131, {16200}, INTERFUSE_NONE, true},       // weights that stream from memory
+    {1, 131, {16200}, INTERFUSE_NONE, true},        // weights that stream from memory
     {2, 259, {70, 16300}, INTERFUSE_RELU, false},
+    {7, 131, {16200}, INTERFUSE_RELU, true},        // and gradients that are stored past the caches
+    {9, 259, {70, 16300}, INTERFUSE_NONE, false},
+    {21, 260, {16200}, INTERFUSE_NONE, true},
     {0, 3, {4}, INTERFUSE_RELU, true},
 };
 // clang-format on
