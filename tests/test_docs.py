@@ -127,7 +127,8 @@ def test_the_settings_of_the_build_are_those_of_cmake() -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
+    digits = 3 if seconds < 1e-4 else 2 if seconds < 1e-2 else 1
+    return f"{seconds * 1e3:.{digits}f}"
 
 
 def figures(row: dict[str, Any]) -> str:
