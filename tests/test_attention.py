@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import attention_oracle as oracle
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases.attention import EDGES, Case
 from processes import check_forked_child, check_instruction_set
+from threads import check_threads_at_once, same
 
 from interfuse import _native
 from interfuse.ops._attention_pool import attention_pool
@@ -250,25 +250,17 @@ def test_threads_do_not_change_the_values(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     several = oracle.gradients(BY_NAME[name])
     assert torch.equal(several[0], alone[0])
-    for ours, one in zip(
-        several, alone, strict=True
-    ):  # the gradient of q is summed in parts where there are few heads
+    for ours, one in zip(several, alone, strict=True):
+        # The gradient of q is summed in parts where there are few heads.
         assert tolerance.error(ours, one) <= tolerance.attention_gradient(torch.float32)
-    for again in (oracle.gradients(BY_NAME[name]) for _ in range(2)):
-        assert all(torch.equal(a, b) for a, b in zip(several, again, strict=True))
+    for _ in range(2):
+        assert same(oracle.gradients(BY_NAME[name]), several)
 
 
 def test_several_python_threads_at_once() -> None:
-    jobs = [
-        (BY_NAME[name], torch.float32, seed)
-        for seed in range(4)
-        for name in ("grouped", "causal", "everything")
-    ]
-    alone = [oracle.gradients(*job) for job in jobs]
-    with ThreadPoolExecutor(8) as pool_of_threads:
-        together = list(pool_of_threads.map(lambda job: oracle.gradients(*job), jobs))
-    for a, b in zip(alone, together, strict=True):
-        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    names = ("grouped", "causal", "everything")
+    jobs = [(BY_NAME[name], torch.float32, seed) for seed in range(4) for name in names]
+    check_threads_at_once(oracle.gradients, jobs)
 
 
 WORK = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import conv_pool_oracle as oracle
 import pytest
@@ -13,6 +12,7 @@ import tolerance
 import torch
 from cases.conv_pool import EDGES, Case
 from processes import check_forked_child, check_instruction_set
+from threads import check_threads_at_once, same
 
 from interfuse import _native
 from interfuse.ops import conv_pool
@@ -30,10 +30,6 @@ def everything(case: Case, seed: int = 0) -> list[torch.Tensor]:
     y = conv_pool(*leaves, **case.arguments)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -61,11 +57,7 @@ def test_any_number_of_threads(name: str, threads: int) -> None:
 
 def test_several_python_threads_at_once() -> None:
     """Different problems and the same one, all at the same time; each thread gets its own result."""
-    jobs = [(BY_NAME[name], seed) for seed in range(4) for name in NAMES]
-    alone = [everything(*job) for job in jobs]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda job: everything(*job), jobs))
-    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads_at_once(everything, [(BY_NAME[name], seed) for seed in range(4) for name in NAMES])
 
 
 WORK = """

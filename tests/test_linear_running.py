@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import linear_oracle as oracle
 import pytest
 import torch
 from cases.linear import Case
 from processes import check_forked_child, check_instruction_set
+from threads import check_threads_at_once, same
 from torch import Tensor
 
 from interfuse import _native
@@ -36,10 +35,6 @@ def everything(case: Case, seed: int = 0) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, flat, grad_y)]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
-
-
 @by_case
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_bitwise_the_same_again_and_on_any_number_of_threads(case: Case, threads: int) -> None:
@@ -52,11 +47,7 @@ def test_bitwise_the_same_again_and_on_any_number_of_threads(case: Case, threads
 
 
 def test_several_python_threads_at_once() -> None:
-    jobs = [(case, seed) for seed in range(3) for case in CASES]
-    alone = [everything(*job) for job in jobs]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda job: everything(*job), jobs))
-    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads_at_once(everything, [(case, seed) for seed in range(3) for case in CASES])
 
 
 WORK = """

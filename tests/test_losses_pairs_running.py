@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +10,7 @@ import tolerance
 import torch
 from losses_oracle import contrastive, draw, gradients, similarities
 from processes import check_forked_child, check_instruction_set
+from threads import check_threads_at_once, same
 from torch import Tensor, nn
 
 from interfuse import _native
@@ -59,10 +59,6 @@ def everything(name: str, seed: int = 0) -> list[Tensor]:
     return [value.detach(), *(g for g in found if g is not None)]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
-
-
 @by_name
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_bitwise_the_same_again(name: str, threads: int) -> None:
@@ -75,11 +71,7 @@ def test_bitwise_the_same_again(name: str, threads: int) -> None:
 
 
 def test_several_python_threads_at_once() -> None:
-    jobs = [(name, seed) for seed in range(3) for name in LOSSES]
-    alone = [everything(*job) for job in jobs]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda job: everything(*job), jobs))
-    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads_at_once(everything, [(name, seed) for seed in range(3) for name in LOSSES])
 
 
 WORK = """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import losses_oracle as oracle
 import pytest
 import tolerance
 import torch
 from cases.losses import Case
 from processes import check_forked_child, check_instruction_set
+from threads import check_threads_at_once, same
 from torch import Tensor
 
 from interfuse import _native
@@ -31,10 +30,6 @@ def everything(case: Case, seed: int = 0) -> list[Tensor]:
     return oracle.with_gradients(oracle.run(case, drawn), drawn)
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
-
-
 @by_case
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_bitwise_the_same_again(case: Case, threads: int) -> None:
@@ -47,11 +42,7 @@ def test_bitwise_the_same_again(case: Case, threads: int) -> None:
 
 
 def test_several_python_threads_at_once() -> None:
-    jobs = [(case, seed) for seed in range(3) for case in CASES]
-    alone = [everything(*job) for job in jobs]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda job: everything(*job), jobs))
-    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    check_threads_at_once(everything, [(case, seed) for seed in range(3) for case in CASES])
 
 
 WORK = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -154,18 +154,13 @@ def test_threads_at_once_give_what_one_gives(model: str) -> None:
     given = [tuple(x[:n] for x in inputs) for n in sizes]
     with torch.no_grad():
         alone = [optimised(*some) for some in given]
-    found: list[list[Tensor]] = [[] for _ in given]
 
-    def work(i: int) -> None:
+    def work(some: Given) -> list[Tensor]:
         with torch.no_grad():
-            found[i] += [optimised(*given[i]) for _ in range(5)]
+            return [optimised(*some) for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(given))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(given)) as pool:
+        found = list(pool.map(work, given))
     for right, each_time in zip(alone, found, strict=True):
-        assert len(each_time) == 5
         for y in each_time:
             torch.testing.assert_close(y, right)
