@@ -125,10 +125,10 @@ void check(const Problem& p, int dtype, int threads, Flush flush) {
                                       p.ragged ? q_lengths.data() : nullptr, p.ragged ? kv_lengths.data() : nullptr};
   const Truth truth = naive(p, s, q_values, k_values, v_values, mask, q_lengths.data(), kv_lengths.data(), grad_values);
   CHECK_EQUAL(interfuse_attention_forward(&s, &in, y.data(), lse.data(), weights.data(), threads), INTERFUSE_OK);
-  // Two products and an exponential in float32; in bfloat16 one rounding of 8 bits, for gradients that of y too.
+  // Two products and an exponential in float32; in bfloat16 one rounding, for gradients that of y too.
   const bool half = dtype == INTERFUSE_BFLOAT16;
-  compare("y", read(y), truth.y, half ? 4e-3 : 2e-6);
-  compare("weights", read(weights), truth.weights, half ? 4e-3 : 2e-6);
+  compare("y", read(y), truth.y, half ? kRoundedToBfloat16 : 2e-6);
+  compare("weights", read(weights), truth.weights, half ? kRoundedToBfloat16 : 2e-6);
   CHECK_EQUAL(interfuse_attention_backward(&s, &in, y.data(), lse.data(), grad_y.data(), grad_q.data(), grad_k.data(),
                                            grad_v.data(), threads), INTERFUSE_OK);
   compare("grad_q", read(grad_q), truth.grad_q, half ? 1.2e-2 : 1e-5, 0.1);

@@ -77,18 +77,11 @@ Truth truth_of(const Problem& p, const Doubles& x, const Doubles& w, const Doubl
   return t;
 }
 
-struct Run {
-  int threads;
-  Flush flush;
-  int64_t offset;
-};
-
 template <class T>
-void run(const Problem& p, int dtype, const Run& how) {
+void run(const Problem& p, int dtype, const Setting& how) {
   std::ostringstream text;
   text << p.rows << " rows, " << p.classes << " classes, " << p.features << " features, reduction " << p.reduction
-       << ", dtype " << dtype << ", threads " << how.threads << ", offset " << how.offset
-       << (how.flush == Flush::front ? " from the front" : " from the back");
+       << ", dtype " << dtype << ", " << how;
   const Context context(text.str());
   Guarded<T> x(p.rows * p.features, how.flush, how.offset), w(p.classes * p.features, how.flush, how.offset),
       b(p.classes, how.flush, how.offset);
@@ -96,11 +89,8 @@ void run(const Problem& p, int dtype, const Run& how) {
   Guarded<int64_t> target(p.rows, how.flush, how.offset);
   const float size = 1 / std::sqrt(static_cast<float>(p.features));
   const Doubles xs = fill(x, Values::reals, 1), ws = fill(w, Values::reals, 2, 2 * size), bs = fill(b, Values::reals, 3);
-  Doubles weights;
-  for (int64_t j = 0; j < p.classes; ++j) {
-    class_weight[j] = 0.5f + 0.25f * static_cast<float>(j % 3);
-    weights.push_back(p.weighted ? class_weight[j] : 1);
-  }
+  Doubles weights = fill_by(class_weight, [](int64_t j) { return 0.5f + 0.25f * static_cast<float>(j % 3); });
+  if (!p.weighted) weights.assign(weights.size(), 1);
   std::vector<int64_t> labels;
   for (int64_t r = 0; r < p.rows; ++r) {
     target[r] = r == 2 ? -7 : (r * 7919) % p.classes;
@@ -115,13 +105,8 @@ void run(const Problem& p, int dtype, const Run& how) {
   const bool number = p.reduction != INTERFUSE_REDUCE_NONE;
   const int64_t losses = number ? 1 : p.rows;
   Guarded<float> loss(losses, how.flush, how.offset), lse(p.rows, how.flush, how.offset), grad_loss(losses, how.flush, how.offset);
-  Doubles ones(static_cast<size_t>(losses), 1.0);
-  Doubles factors;
-  for (int64_t i = 0; i < losses; ++i) {
-    grad_loss[i] = 1 - 0.25f * static_cast<float>(i % 5);
-    factors.push_back(grad_loss[i]);
-  }
-  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5;
+  const Doubles ones(static_cast<size_t>(losses), 1.0), factors = fill_by(grad_loss, grad_of_loss);
+  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? kRoundedToBfloat16 : 1e-5;
   const auto check = [&](bool with_loss) {
     Guarded<T> by_x(x.size(), how.flush, how.offset), by_w(w.size(), how.flush, how.offset), by_b(b.size(), how.flush, how.offset);
     const interfuse_cross_entropy_gradients grads{by_x.data(), by_w.data(), by_b.data()};
@@ -147,17 +132,15 @@ void run(const Problem& p, int dtype, const Run& how) {
   CHECK(lse.intact());
 }
 
-const Run kRuns[] = {{1, Flush::back, 0}, {2, Flush::front, 0}, {2, Flush::back, 1}, {1, Flush::front, 3}};
-
 }  // namespace
 
 TEST(cross_entropy_float32) {
   for (const Problem& p : kProblems)
-    for (const Run& how : kRuns) run<float>(p, INTERFUSE_FLOAT32, how);
+    for (const Setting& how : kSettings) run<float>(p, INTERFUSE_FLOAT32, how);
 }
 TEST(cross_entropy_bfloat16) {
   for (const Problem& p : kProblems)
-    for (const Run& how : kRuns) run<uint16_t>(p, INTERFUSE_BFLOAT16, how);
+    for (const Setting& how : kSettings) run<uint16_t>(p, INTERFUSE_BFLOAT16, how);
 }
 
 TEST(cross_entropy_refuses_with_a_sentence) {
@@ -186,10 +169,10 @@ namespace {
 
 // Losses of two matrices against their formulas: every weight's strides, both kinds, both dtypes.
 template <class T>
-void run_elementwise(int kind, int reduction, int dtype, const Run& how) {
+void run_elementwise(int kind, int reduction, int dtype, const Setting& how) {
   const int64_t rows = 5, columns = 2051, count = rows * columns;  // more than one block of a row, and a tail
   std::ostringstream text;
-  text << "kind " << kind << ", reduction " << reduction << ", dtype " << dtype << ", threads " << how.threads;
+  text << "kind " << kind << ", reduction " << reduction << ", dtype " << dtype << ", " << how;
   const Context context(text.str());
   const bool each = reduction == INTERFUSE_REDUCE_NONE;
   const int64_t losses = each ? count : 1;
@@ -217,13 +200,13 @@ void run_elementwise(int kind, int reduction, int dtype, const Run& how) {
   }
   if (!each) losses_of = {reduction == INTERFUSE_REDUCE_MEAN ? total / static_cast<double>(count) : total};
   compare("loss", read(loss), losses_of, 1e-5);
-  compare("grad", read(grad), slopes, dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5);
+  compare("grad", read(grad), slopes, dtype == INTERFUSE_BFLOAT16 ? kRoundedToBfloat16 : 1e-5);
   CHECK(loss.intact());
   CHECK(grad.intact());
 }
 
 template <class T>
-void run_contrastive(int dtype, const Run& how) {
+void run_contrastive(int dtype, const Setting& how) {
   const int64_t rows = 9, columns = 2051;
   Guarded<T> a(rows * columns, how.flush, how.offset), b(rows * columns, how.flush, how.offset), grad_a(rows * columns, how.flush, how.offset),
       grad_b(rows * columns, how.flush, how.offset);
@@ -249,7 +232,7 @@ void run_contrastive(int dtype, const Run& how) {
       by_b.push_back(-by_a.back());
     }
   }
-  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? 0.005 : 1e-5;
+  const double tolerance = dtype == INTERFUSE_BFLOAT16 ? kRoundedToBfloat16 : 1e-5;
   compare("loss", read(loss), losses, 1e-5);
   compare("grad_a", read(grad_a), by_a, tolerance);
   compare("grad_b", read(grad_b), by_b, tolerance);
@@ -260,7 +243,7 @@ void run_contrastive(int dtype, const Run& how) {
 }  // namespace
 
 TEST(elementwise_losses) {
-  for (const Run& how : kRuns)
+  for (const Setting& how : kSettings)
     for (int kind : {INTERFUSE_LOSS_BCE_WITH_LOGITS, INTERFUSE_LOSS_MSE})
       for (int reduction : {INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_MEAN, INTERFUSE_REDUCE_SUM}) {
         run_elementwise<float>(kind, reduction, INTERFUSE_FLOAT32, how);
@@ -268,7 +251,7 @@ TEST(elementwise_losses) {
       }
 }
 TEST(contrastive_losses) {
-  for (const Run& how : kRuns) {
+  for (const Setting& how : kSettings) {
     run_contrastive<float>(INTERFUSE_FLOAT32, how);
     run_contrastive<uint16_t>(INTERFUSE_BFLOAT16, how);
   }

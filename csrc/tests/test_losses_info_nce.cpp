@@ -37,7 +37,6 @@ struct Truth {
   double by_temperature = 0;
 };
 
-
 Truth truth_of(const Problem& p, const Doubles& a, const Doubles& b, const Doubles& grad_loss) {
   const size_t n = static_cast<size_t>(p.rows), d = static_cast<size_t>(p.features);
   Doubles u = a, v = b, lengths[2];
@@ -93,23 +92,17 @@ Truth truth_of(const Problem& p, const Doubles& a, const Doubles& b, const Doubl
   return t;
 }
 
-struct Run {
-  int threads;
-  Flush flush;
-  int64_t offset;
+struct Run : Setting {
   bool kept, losses;  // what backward is given
 };
 
-const Run kRuns[] = {{1, Flush::back, 0, false, true},
-                     {2, Flush::front, 0, true, true},
-                     {2, Flush::back, 1, false, false},
-                     {1, Flush::front, 3, true, false}};
+constexpr Run kRuns[] = {{kSettings[0], false, true}, {kSettings[1], true, true}, {kSettings[2], false, false}, {kSettings[3], true, false}};
 
 template <class T>
 void run(const Problem& p, int dtype, const Run& how) {
   std::ostringstream text;
   text << p.rows << " rows, " << p.features << " features, symmetric " << p.symmetric << ", normalize " << p.normalize
-       << ", temperature " << p.temperature << ", dtype " << dtype << ", threads " << how.threads << ", kept " << how.kept;
+       << ", temperature " << p.temperature << ", dtype " << dtype << ", kept " << how.kept << ", " << how;
   const Context context(text.str());
   const int64_t count = p.rows * p.features, losses = p.reduction == INTERFUSE_REDUCE_NONE ? p.rows : 1;
   Guarded<T> a(count, how.flush, how.offset), b(count, how.flush, how.offset), by_a(count, how.flush, how.offset),
@@ -119,11 +112,7 @@ void run(const Problem& p, int dtype, const Run& how) {
   Guarded<float> loss(losses, how.flush, how.offset), grad_loss(losses), lse(p.rows, how.flush, how.offset),
       other_lse(p.rows, how.flush, how.offset), each(p.rows, how.flush, how.offset), other(p.rows, how.flush, how.offset),
       kept(how.kept ? p.rows * (p.rows + p.rows / 16 + 64) : 0, how.flush, how.offset);
-  Doubles grads;
-  for (int64_t i = 0; i < losses; ++i) {
-    grad_loss[i] = 1 - 0.25f * static_cast<float>(i % 5);
-    grads.push_back(grad_loss[i]);
-  }
+  const Doubles grads = fill_by(grad_loss, grad_of_loss);
   const interfuse_info_nce_spec spec{dtype, p.reduction, p.symmetric, p.normalize, p.rows, p.features, p.temperature};
   interfuse_info_nce_sums sums{lse.data(), other_lse.data(), each.data(), other.data()};
   float* const room = how.kept ? kept.data() : nullptr;
@@ -136,7 +125,7 @@ void run(const Problem& p, int dtype, const Run& how) {
   const Truth truth = truth_of(p, as, bs, grads);
   const bool half = dtype == INTERFUSE_BFLOAT16;
   // Without the losses, 1 - exp(-loss) has the error of the largest similarity.
-  const double tolerance = half ? 0.005 : how.losses ? 1e-5 : 4e-5, least = p.rows == 1 ? 1 : 0;
+  const double tolerance = half ? kRoundedToBfloat16 : how.losses ? 1e-5 : 4e-5, least = p.rows == 1 ? 1 : 0;
   compare("loss", read(loss), truth.loss, 1e-5, least);
   compare("grad_a", read(by_a), truth.by_a, tolerance, least);
   compare("grad_b", read(by_b), truth.by_b, tolerance, least);
