@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import interfuse
 from interfuse import models
-from interfuse.models.layers import TorchDense
-from interfuse.nn import CompactLinear, DenseChain
+from interfuse.nn import compact
 
 # Of bench/peers.py, those that can run whole models.
 PROVIDERS = (
@@ -117,10 +116,7 @@ class ModelWorkload:
 
     def ours_half_weights(self, module: nn.Module) -> nn.Module:
         """Recurrent and dense weights in bfloat16; those of convolutions are few."""
-        for dense in [m for m in module.modules() if isinstance(m, TorchDense)]:
-            chain = DenseChain.from_torch(dense.layers)
-            dense.layers = DenseChain(*(CompactLinear(layer, torch.bfloat16) for layer in chain))
-        return interfuse.optimize(module, dtype=torch.bfloat16)
+        return compact(self.ours(module), torch.bfloat16)
 
     def cost(self, training: bool) -> Cost:
         """Every product of every layer, and every weight and input once. Training: three times that."""

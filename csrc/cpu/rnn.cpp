@@ -22,8 +22,8 @@ constexpr int64_t kGather = 48;
 // Floats of gates that a stretch of steps may fill: the steps should find them in L2.
 constexpr int64_t kStretch = 96 << 10;
 // Overlapped layers: the most rows a step, the most floats of a layer's recurrent weight, and the steps that a layer stays
-// behind the one below.
-constexpr int64_t kOverlappedRows = 3, kOverlappedFloats = 80 << 10, kOverlappedSteps = 4;
+// behind the one below. The first multiplies its input for a few steps at a time too, so that the second starts early.
+constexpr int64_t kOverlappedRows = 3, kOverlappedFloats = 80 << 10, kOverlappedSteps = 4, kOverlappedFirst = 8;
 
 // What `rows` inputs, a_row apart, give to the gates of the unit blocks `mine`, with what else the gates start with.
 template <class Cell>
@@ -149,7 +149,7 @@ class Stack {
     const Range mine{panels.begin * blocks, panels.end * blocks < blocks_ ? panels.end * blocks : blocks_};
     for (int64_t s = 0; s < order_.steps;) {
       int64_t end = s + 1;
-      const int64_t most = overlapped && layer > 0 ? kOverlappedSteps : order_.steps;
+      const int64_t most = !overlapped ? order_.steps : layer > 0 ? kOverlappedSteps : kOverlappedFirst;
       while (end < order_.steps && end - s < most && order_.first[end + 1] - order_.first[s] <= stretch_) ++end;
       if (overlapped && layer > 0) await(layer - 1, end);
       const int64_t base = p_.save ? 0 : order_.first[s];

@@ -1,6 +1,7 @@
 """Modules with torch.nn's signatures and state_dict."""
 
 from interfuse.nn.attention import AttentionPool, CrossAttention, MultiheadAttention
+from interfuse.nn.compact import compact
 from interfuse.nn.conv_pool import ConvPool1d, ConvPool2d, ConvPool3d
 from interfuse.nn.linear import CompactLinear, DenseChain, FusionLinear
 from interfuse.nn.losses import (
@@ -37,4 +38,5 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "ReconstructionLoss",
+    "compact",
 ]

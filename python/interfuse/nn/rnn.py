@@ -268,7 +268,10 @@ def _sequence_arguments(module: Any) -> dict[str, Any]:
 
 
 class _Visible(nn.RNNBase):
-    """What torch.compile takes into its graph, unlike torch's own recurrent modules."""
+    """What torch.compile takes into its graph, unlike torch's own recurrent modules. `weight_dtype`, None or
+    torch.bfloat16, is what inference rounds the recurrent weights to; the parameters stay as they are."""
+
+    weight_dtype: torch.dtype | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -277,6 +280,11 @@ class _Visible(nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         let_compile_see_recurrent_modules()
+
+
+def rounding_of(module: _Visible) -> torch.dtype | None:
+    """What the weights of one of interfuse's modules are rounded to in the call at hand."""
+    return None if torch.is_grad_enabled() else module.weight_dtype
 
 
 class RNN(_Visible, nn.RNN):
@@ -293,7 +301,7 @@ class RNN(_Visible, nn.RNN):
         hx: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Sequence, State]:
-        return run_module(self, input, hx, lengths)
+        return run_module(self, input, hx, lengths, rounding_of(self))
 
 
 class LSTM(_Visible, nn.LSTM):
@@ -310,7 +318,7 @@ class LSTM(_Visible, nn.LSTM):
         hx: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Sequence, State]:
-        return run_module(self, input, hx, lengths)
+        return run_module(self, input, hx, lengths, rounding_of(self))
 
 
 class GRU(_Visible, nn.GRU):
@@ -327,7 +335,7 @@ class GRU(_Visible, nn.GRU):
         hx: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Sequence, State]:
-        return run_module(self, input, hx, lengths)
+        return run_module(self, input, hx, lengths, rounding_of(self))
 
 
 class RNNCell(nn.RNNCell):

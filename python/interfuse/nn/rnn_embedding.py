@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from interfuse.nn.rnn import GRU, LSTM, RNN, Sequence, run_module
+from interfuse.nn.rnn import GRU, LSTM, RNN, Sequence, rounding_of, run_module
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,9 +72,8 @@ class _EmbeddingRecurrent(nn.Module):
         reason = why_not_embedding(embedding)
         if reason is not None:
             raise ValueError(f"{type(self).__name__}: {reason}")
-        return run_module(
-            self.rnn, input, hx, lengths, table=embedding.weight, padding_idx=embedding.padding_idx
-        )
+        rnn = self.rnn
+        return run_module(rnn, input, hx, lengths, rounding_of(rnn), embedding.weight, embedding.padding_idx)
 
 
 class EmbeddingRNN(_EmbeddingRecurrent):
