@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import choose, refusals
 from interfuse.nn.attention import Weights, multihead_forward, weights_of, what_is_wrong
 from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
 from interfuse.ops.attention import IMPLEMENTATIONS
 from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
-from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,22 +66,16 @@ def rather_not(seen: Seen) -> str | None:
     return f"torch's own module is as fast for {what} of {scores} scores in {mode}"
 
 
-class Attention:
+class Attention(Pattern):
     """attention's part in optimize()."""
 
     op = "attention"
     whole = True
 
-    def stands(self) -> None:
-        pass
-
     def anchors(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention) and not type(module).__module__.startswith(
             "interfuse."
         )
-
-    def leads(self, callee: object) -> bool:
-        return False
 
     def refuse(self, module: nn.Module) -> str | None:
         reason = why_not_type(module, (nn.MultiheadAttention,), "nn.MultiheadAttention")
@@ -133,9 +126,6 @@ class Attention:
             query=query, key=key, value=value, weights=Weights(*weights), **call.settings
         )
 
-    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
-        return links, call  # nothing is random: calls with dropout are not taken
-
     def describe(self, call: Call) -> Seen:
         query, key = call.tensors[:2]
         module = call.settings["module"]
@@ -159,16 +149,7 @@ class Attention:
         return Seen(problem, key is query)
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
-        chosen = choose(IMPLEMENTATIONS, seen.problem)
-        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen.problem))
-        slower = rather_not(seen)
-        if slower is not None:
-            return None, (*why_not, f"{chosen.name}: {slower}")
-        return None if chosen.name == "reference" else chosen.name, why_not
-
-    def rather_not(self, seen: Any) -> str | None:
-        return None
+        return choose_kernel(IMPLEMENTATIONS, seen.problem, rather_not(seen))
 
 
 def _few(module: nn.MultiheadAttention, query: Any, key: Any) -> bool:

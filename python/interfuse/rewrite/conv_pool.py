@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import choose, refusals
 from interfuse.numerics import get_precision
 from interfuse.ops import _conv_pool_native as native
 from interfuse.ops._conv_pool_checks import DTYPES, Options, check, resolve
@@ -27,7 +26,7 @@ from interfuse.rewrite.known import (
     touched,
     why_not_type,
 )
-from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import is_untouched
 
 if TYPE_CHECKING:
@@ -81,20 +80,14 @@ class Seen(NamedTuple):
     save: bool
 
 
-class ConvPool:
+class ConvPool(Pattern):
     """conv_pool's part in optimize()."""
 
     op = "conv_pool"
     whole = False
 
-    def stands(self) -> None:
-        pass
-
     def anchors(self, module: nn.Module) -> bool:
         return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or is_quantised(module, "conv")
-
-    def leads(self, callee: object) -> bool:
-        return False
 
     def refuse(self, module: nn.Module) -> str | None:
         if isinstance(module, TRANSPOSED):
@@ -188,9 +181,6 @@ class ConvPool:
     def run(self, call: Call) -> Tensor:
         return conv_pool(*call.tensors, **call.settings)
 
-    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
-        return links, call
-
     def describe(self, call: Call) -> Seen:
         x = call.tensors[0]
         tensors = tuple(None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in call.tensors)
@@ -214,18 +204,8 @@ class ConvPool:
         if mode != "zeros":
             x, params = pad_by_mode(x, params, mode)
         problem = replace(check(x, weight, bias, params, seen.save), device=seen.device)
-        chosen = choose(IMPLEMENTATIONS, problem)
-        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
-        slower = _trains_slower(seen)
-        if slower is not None:
-            return None, (*why_not, f"{chosen.name}: {slower}")
-        if chosen.name == "native":
-            return _algorithm(problem), why_not
-        return None if chosen.name == "reference" else chosen.name, why_not
-
-    def rather_not(self, seen: Seen) -> str | None:
-        return None
+        kernel, why_not = choose_kernel(IMPLEMENTATIONS, problem, _trains_slower(seen))
+        return _algorithm(problem) if kernel == "native" else kernel, why_not
 
 
 def _trains_slower(seen: Seen) -> str | None:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import choose, refusals
 from interfuse.ops._linear_checks import Options, check, resolve
 from interfuse.ops._linear_problem import DTYPES
 from interfuse.ops.linear import IMPLEMENTATIONS, linear
 from interfuse.rewrite.known import PLAIN_TENSORS, activation_of, is_quantised, touched, why_not_type
-from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import current_parameters, is_untouched
 
 if TYPE_CHECKING:
@@ -44,14 +43,11 @@ class Seen(NamedTuple):
     save: bool
 
 
-class Linear:
+class Linear(Pattern):
     """linear's part in optimize()."""
 
     op = "linear"
     whole = False
-
-    def stands(self) -> None:
-        pass
 
     def anchors(self, module: nn.Module) -> bool:
         where = type(module).__module__
@@ -122,9 +118,6 @@ class Linear:
         *inputs, weight, bias = call.tensors
         return linear(inputs, weight, bias, **call.settings)
 
-    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
-        return links, call
-
     def describe(self, call: Call) -> Seen:
         tensors = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in call.tensors)
         x = call.tensors[0]
@@ -140,10 +133,7 @@ class Linear:
         settings = {"activation": None, "negative_slope": 0.01, **seen.settings}
         params = resolve(Options(backend=None, **settings))
         problem = replace(check(inputs, weight, bias, None, params, seen.save), device=seen.device)
-        chosen = choose(IMPLEMENTATIONS, problem)
-        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, problem))
-        return None if chosen.name == "reference" else chosen.name, why_not
+        return choose_kernel(IMPLEMENTATIONS, problem)
 
     def rather_not(self, seen: Seen) -> str | None:
         *inputs, weight, _ = (() if t is None else t[0] for t in seen.tensors)

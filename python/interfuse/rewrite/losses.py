@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import choose, refusals
 from interfuse.ops._losses_problem import DTYPES, CrossEntropyParams, CrossEntropyProblem
 from interfuse.ops.losses import IMPLEMENTATIONS, linear_cross_entropy
 from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
-from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink
+from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,20 +28,14 @@ LEAST_CLASSES = 4096
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Losses:
+class Losses(Pattern):
     """losses' part in optimize()."""
 
     op = "losses"
     whole = True
 
-    def stands(self) -> None:
-        pass
-
     def anchors(self, module: nn.Module) -> bool:
         return MODULE is not None and isinstance(module, MODULE)
-
-    def leads(self, callee: object) -> bool:
-        return False
 
     def refuse(self, module: nn.Module) -> str | None:
         name: Any = type(module).__name__
@@ -90,9 +83,6 @@ class Losses:
             x, linear_weight, target, linear_bias=linear_bias, weight=weight, **call.settings
         )
 
-    def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
-        return links, call
-
     def describe(self, call: Call) -> CrossEntropyProblem:
         x, linear_weight, _, linear_bias, _ = call.tensors
         return CrossEntropyProblem(
@@ -106,13 +96,7 @@ class Losses:
         )
 
     def kernel(self, seen: CrossEntropyProblem) -> tuple[str | None, tuple[str, ...]]:
-        chosen = choose(IMPLEMENTATIONS, seen)
-        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
-        return None if chosen.name == "reference" else chosen.name, why_not
-
-    def rather_not(self, seen: Any) -> str | None:
-        return None
+        return choose_kernel(IMPLEMENTATIONS, seen)
 
 
 def fits(x: Any, linear_weight: Any, linear_bias: Any, target: Any, weight: Any, logits: Any) -> bool:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from interfuse.autocast import autocast_dtype
-from interfuse.dispatch import choose, refusals
 from interfuse.nn.rnn import run_module
 from interfuse.nn.rnn_embedding import why_not_embedding
 from interfuse.ops._rnn_problem import DTYPES, RnnProblem
 from interfuse.ops.rnn import IMPLEMENTATIONS
 from interfuse.rewrite.bound import ModuleForward, PlainForward
 from interfuse.rewrite.known import PLAIN_TENSORS, is_quantised, touched, why_not_type
-from interfuse.rewrite.site import Call, LiveLink, Match, StaticLink, wants_gradient
+from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import (
     current_parameters,
     has_hooks,
@@ -36,7 +35,7 @@ CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 HALVES_TOO = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Rnn:
+class Rnn(Pattern):
     """rnn's part in optimize()."""
 
     op = "rnn"
@@ -170,13 +169,7 @@ class Rnn:
         )
 
     def kernel(self, seen: RnnProblem) -> tuple[str | None, tuple[str, ...]]:
-        chosen = choose(IMPLEMENTATIONS, seen)
-        before = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
-        why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(before, seen))
-        return None if chosen.name == "reference" else chosen.name, why_not
-
-    def rather_not(self, seen: Any) -> str | None:
-        return None
+        return choose_kernel(IMPLEMENTATIONS, seen)
 
 
 def _why_not_embedding(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse import torch_state
+from interfuse.dispatch import Implementation, choose, refusals
 
 
 class Match(NamedTuple):
@@ -69,12 +70,14 @@ class Pattern(Protocol):
 
     def stands(self) -> None:
         """A site has come to stand in a model, made or loaded."""
+        return
 
     def anchors(self, module: nn.Module) -> bool:
         """Whether the report should speak of this module: a chain of this op may start with it."""
 
     def leads(self, callee: object) -> bool:
         """Whether a chain may begin with a call of this, right before an anchor's."""
+        return False
 
     def refuse(self, module: nn.Module) -> str | None:
         """Why no chain can start with this anchor, whatever follows it."""
@@ -90,6 +93,7 @@ class Pattern(Protocol):
 
     def calm(self, links: Sequence[LiveLink], call: Call) -> tuple[Sequence[LiveLink], Call]:
         """Both without what they draw at random, so that they can be compared."""
+        return links, call
 
     def describe(self, call: Call) -> Any:
         """What `kernel` needs to know of a call: shapes and settings, no tensors."""
@@ -99,6 +103,19 @@ class Pattern(Protocol):
 
     def rather_not(self, seen: Any) -> str | None:
         """Why a call like this one is better left to the model's own calls, where nobody measures them."""
+        return None
+
+
+def choose_kernel(
+    table: Sequence[Implementation], problem: Any, slower: str | None = None
+) -> tuple[str | None, tuple[str, ...]]:
+    """What `Pattern.kernel` gives where an op's table decides. `slower` says why the model's own calls are
+    better even so."""
+    chosen = choose(table, problem)
+    why_not = tuple(f"{r.name}: {r.reason}" for r in refusals(table[: table.index(chosen)], problem))
+    if slower is not None:
+        return None, (*why_not, f"{chosen.name}: {slower}")
+    return None if chosen.name == "reference" else chosen.name, why_not
 
 
 Trial = Callable[["Site", Sequence[LiveLink], Any], Any]
