@@ -17,7 +17,6 @@ from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, c
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_FORWARD: Any = nn.MultiheadAttention.forward
 # forward's arguments after the query, as torch has them.
 _NAMES = (
     "key",
@@ -84,8 +83,6 @@ class Attention(Pattern):
         out_proj: Any = module.out_proj
         if nn.utils.parametrize.is_parametrized(out_proj):
             return "its out_proj is parametrised, so that its weights are computed anew at every call"
-        if type(module).forward is not _FORWARD or not _FORWARD.__module__.startswith("torch."):
-            return f"{type(module).__name__} is of a class whose forward was replaced"
         dtype = out_proj.weight.dtype
         if dtype not in _DTYPES:
             return f"its weights are {dtype}; the kernels take float32, bfloat16 and float16"

@@ -24,7 +24,7 @@ from interfuse.rewrite.known import (
     is_quantised,
     pool_of,
     touched,
-    why_not_type,
+    why_not_module,
 )
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import is_untouched
@@ -92,12 +92,9 @@ class ConvPool(Pattern):
     def refuse(self, module: nn.Module) -> str | None:
         if isinstance(module, TRANSPOSED):
             return f"{type(module).__name__} is a transposed convolution, which has no fused kernel"
-        reason = why_not_type(module, CONVOLUTIONS, "nn.Conv1d, Conv2d or Conv3d")
+        reason = why_not_module(module, CONVOLUTIONS, "nn.Conv1d, Conv2d or Conv3d")
         if reason is not None:
             return reason
-        watched = touched(module)
-        if watched:
-            return f"{type(module).__name__} {watched}"
         dtype = module.weight.dtype
         if dtype not in DTYPES:
             return f"its weight is {dtype}; the kernels take float32, bfloat16, float16 and float64"

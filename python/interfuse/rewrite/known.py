@@ -22,6 +22,8 @@ from interfuse.torch_state import TRACED_TENSORS, has_hooks, is_untouched, is_wa
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, *TRACED_TENSORS})
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+LINEAR_LOSS: Any = getattr(nn, "LinearCrossEntropyLoss", None)  # torch has it since 2.13
 
 Arguments = Sequence[Any]
 Keywords = Mapping[str, Any]
@@ -71,7 +73,15 @@ def why_not_type(module: nn.Module, types: Container[object], names: str) -> str
         return f"{name} is a quantised module, or one being prepared for it"
     if type(module) not in types:
         return f"its type {name} is not exactly {names}, so it may compute something else"
-    return None
+    return f"{name} {REPLACED}" if _is_replaced(type(module)) else None
+
+
+def why_not_module(module: nn.Module, types: Container[object], names: str) -> str | None:
+    """Why calling a module may mean something else than what torch's `types` compute, hooks and all."""
+    reason = why_not_type(module, types, names)
+    if reason is None and (watched := touched(module)) is not None:
+        return f"{type(module).__name__} {watched}"
+    return reason
 
 
 def touched(module: nn.Module) -> str | None:
@@ -83,12 +93,13 @@ def touched(module: nn.Module) -> str | None:
         return "is watched by a global module hook"
     if "forward" in state or "_conv_forward" in state:
         return "has a forward of its own on the instance"
-    forward = FORWARDS.get(type(module))
-    if forward is not None and (
-        type(module).forward is not forward or not forward.__module__.startswith("torch.")
-    ):
-        return "is of a class whose forward was replaced"
-    return None
+    return REPLACED if _is_replaced(type(module)) else None
+
+
+def _is_replaced(cls: type[nn.Module]) -> bool:
+    """Whether a class of torch's has another forward than torch's own."""
+    forward = FORWARDS.get(cls)
+    return forward is not None and (cls.forward is not forward or not forward.__module__.startswith("torch."))
 
 
 # Modules, by exact type: how to read an activation or a pool from one.
@@ -165,8 +176,20 @@ POOL_MODULES: dict[type[nn.Module], Callable[[Any], Pool | str]] = {
 }
 # Each class's forward as it was when we were imported. One that another library replaces later is not ours.
 FORWARDS: dict[type[nn.Module], Any] = {
-    cls: cls.forward for cls in (*CONVOLUTIONS, *ACTIVATION_MODULES, *POOL_MODULES)
+    cls: cls.forward
+    for cls in (
+        *CONVOLUTIONS,
+        *ACTIVATION_MODULES,
+        *POOL_MODULES,
+        *RECURRENT,
+        nn.Embedding,
+        nn.Linear,
+        nn.MultiheadAttention,
+        LINEAR_LOSS,
+    )
+    if cls is not None
 }
+REPLACED = "is of a class whose forward was replaced"
 
 
 # Functions, and methods by name: the reader takes the arguments after the value, as the function itself does.

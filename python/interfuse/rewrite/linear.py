@@ -14,14 +14,13 @@ from interfuse.autocast import autocast_dtype
 from interfuse.ops._linear_checks import Options, check, resolve
 from interfuse.ops._linear_problem import DTYPES
 from interfuse.ops.linear import IMPLEMENTATIONS, linear
-from interfuse.rewrite.known import PLAIN_TENSORS, activation_of, is_quantised, touched, why_not_type
+from interfuse.rewrite.known import FORWARDS, PLAIN_TENSORS, activation_of, is_quantised, why_not_module
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import current_parameters, is_untouched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FORWARD = nn.Linear.forward
 # What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,12 +61,9 @@ class Linear(Pattern):
         return any(callee is concatenation for concatenation in CONCATENATIONS)
 
     def refuse(self, module: nn.Module) -> str | None:
-        reason = why_not_type(module, (nn.Linear,), "nn.Linear")
+        reason = why_not_module(module, (nn.Linear,), "nn.Linear")
         if reason is not None:
             return reason
-        watched = touched(module)
-        if watched:
-            return f"{type(module).__name__} {watched}"
         if module.weight.dtype not in DTYPES:
             return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
         return None
@@ -98,7 +94,12 @@ class Linear(Pattern):
                 return None
             parts, links = found, links[1:]
         module, arguments, keywords = links[0]
-        if type(module) is not nn.Linear or arguments or keywords or not is_untouched(module, FORWARD):
+        if (
+            type(module) is not nn.Linear
+            or arguments
+            or keywords
+            or not is_untouched(module, FORWARDS[nn.Linear])
+        ):
             return None
         settings: dict[str, Any] = {}
         if len(links) > 1:

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from interfuse.autocast import autocast_dtype
 from interfuse.ops._losses_problem import DTYPES, CrossEntropyParams, CrossEntropyProblem
 from interfuse.ops.losses import IMPLEMENTATIONS, linear_cross_entropy
-from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
+from interfuse.rewrite.known import LINEAR_LOSS, PLAIN_TENSORS, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MODULE = getattr(nn, "LinearCrossEntropyLoss", None)  # torch has it since 2.13
-FORWARD = None if MODULE is None else MODULE.forward
 # In a graph: with fewer, Inductor's own two passes over the logits take no longer than a call of the op.
 LEAST_CLASSES = 4096
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -35,16 +33,13 @@ class Losses(Pattern):
     whole = True
 
     def anchors(self, module: nn.Module) -> bool:
-        return MODULE is not None and isinstance(module, MODULE)
+        return LINEAR_LOSS is not None and isinstance(module, LINEAR_LOSS)
 
     def refuse(self, module: nn.Module) -> str | None:
-        name: Any = type(module).__name__
         loss: Any = module
-        reason = why_not_type(module, (MODULE,), "nn.LinearCrossEntropyLoss")
+        reason = why_not_type(module, (LINEAR_LOSS,), "nn.LinearCrossEntropyLoss")
         if reason is not None:
             return reason
-        if type(module).forward is not FORWARD:
-            return f"{name} is of a class whose forward was replaced"
         if loss.out_features != ():
             return f"its out_features are {loss.out_features}; the op takes one label for each row"
         reason = why_not_type(loss.linear, (nn.Linear,), "nn.Linear")
@@ -62,7 +57,7 @@ class Losses(Pattern):
     def prepare(self, links: Sequence[LiveLink], value: Any) -> Call | None:
         forward, arguments, keywords = links[0]
         module: Any = forward.owner
-        if type(module) is not MODULE or self.refuse(module) is not None:
+        if type(module) is not LINEAR_LOSS or self.refuse(module) is not None:
             return None
         if len(arguments) + len(keywords) != 1 or keywords.keys() - {"target"}:
             return None

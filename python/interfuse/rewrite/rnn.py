@@ -16,7 +16,14 @@ from interfuse.nn.rnn_embedding import why_not_embedding
 from interfuse.ops._rnn_problem import DTYPES, RnnProblem
 from interfuse.ops.rnn import IMPLEMENTATIONS
 from interfuse.rewrite.bound import ModuleForward, PlainForward
-from interfuse.rewrite.known import PLAIN_TENSORS, is_quantised, touched, why_not_type
+from interfuse.rewrite.known import (
+    FORWARDS,
+    PLAIN_TENSORS,
+    RECURRENT,
+    is_quantised,
+    why_not_module,
+    why_not_type,
+)
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import (
     current_parameters,
@@ -28,8 +35,6 @@ from interfuse.torch_state import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MODULES: dict[type[nn.Module], Any] = {m: m.forward for m in (nn.RNN, nn.LSTM, nn.GRU)}
-EMBEDDING_FORWARD = nn.Embedding.forward
 CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 # What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
 HALVES_TOO = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,12 +62,9 @@ class Rnn(Pattern):
         name = type(module).__name__
         if type(module) in CELLS:
             return f"{name} is one step; interfuse.nn.{name} runs it, but only a whole sequence pays"
-        reason = why_not_type(module, MODULES, "nn.RNN, LSTM or GRU")
+        reason = why_not_type(module, RECURRENT, "nn.RNN, LSTM or GRU")
         if reason is not None:
             return reason
-        forward = MODULES[type(module)]
-        if type(module).forward is not forward or not forward.__module__.startswith("torch."):
-            return f"{name} is of a class whose forward was replaced"
         dtype = module.weight_hh_l0.dtype
         if dtype not in DTYPES:
             return f"its weights are {dtype}; the kernels take float32, bfloat16 and float16"
@@ -87,7 +89,7 @@ class Rnn(Pattern):
         callee, arguments, keywords = links[-1]
         embedding = links[0][0] if len(links) > 1 else None
         module: nn.RNNBase = callee.owner if embedding is None else callee
-        if type(module) not in MODULES or len(arguments) + len(keywords) > 1 or keywords.keys() - {"hx"}:
+        if type(module) not in RECURRENT or len(arguments) + len(keywords) > 1 or keywords.keys() - {"hx"}:
             return None
         if embedding is not None and (
             links[0][1] or links[0][2] or not _is_read(embedding) or not _calls_its_forward(module)
@@ -173,18 +175,12 @@ class Rnn(Pattern):
 
 
 def _why_not_embedding(module: nn.Module) -> str | None:
-    reason = why_not_type(module, (nn.Embedding,), "nn.Embedding")
-    if reason is not None:
-        return reason
-    watched = touched(module)
-    if watched:
-        return f"{type(module).__name__} {watched}"
-    return why_not_embedding(module)
+    return why_not_module(module, (nn.Embedding,), "nn.Embedding") or why_not_embedding(module)
 
 
 def _is_read(module: Any) -> bool:
     """Whether calling the module means reading rows of its table, with nothing looking on."""
-    return why_not_embedding(module) is None and is_untouched(module, EMBEDDING_FORWARD)
+    return why_not_embedding(module) is None and is_untouched(module, FORWARDS[nn.Embedding])
 
 
 def _calls_its_forward(module: nn.Module) -> bool:
