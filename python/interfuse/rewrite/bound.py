@@ -101,7 +101,7 @@ class ModuleForward(Bound):
         self.method = "forward"
         self.lengths = {WHOLE: 1}
         self.sites = {WHOLE: site}
-        self.first = list(inspect.signature(type(owner).forward).parameters)[1]
+        self.first, self.second = list(inspect.signature(type(owner).forward).parameters)[1:3]
         site.pattern.stands()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,14 +109,16 @@ class ModuleForward(Bound):
         self.sites[WHOLE].pattern.stands()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        site = self.sites[WHOLE]
+        beside = args[1] if len(args) > 1 else kwargs.get(self.second)
+        if site.leaves(args[0] if args else kwargs.get(self.first), beside):
+            return type(self.owner).forward(self.owner, *args, **kwargs)
         plain = PlainForward(self.owner)
         if not args:
             if self.first not in kwargs:
                 return plain(**kwargs)
             args = (kwargs.pop(self.first),)
-        if self.sites[WHOLE].leaves(args[0], args[1:], kwargs):
-            return plain(*args, **kwargs)
-        return self.sites[WHOLE]([(plain, args[1:], kwargs)], args[0])
+        return site([(plain, args[1:], kwargs)], args[0], beside)
 
 
 class RewrittenMethod(Bound):
