@@ -12,9 +12,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
 from interfuse.cases import attention as cases
 from torch import Tensor, nn
@@ -26,21 +27,16 @@ if TYPE_CHECKING:
 
 # Of bench/peers.py, those that can run this op.
 PROVIDERS = ("interfuse", "interfuse_padded", "eager", "compile", "onnxruntime", "openvino")
+BENCHMARKED = ["interfuse", "eager"]  # by pytest-benchmark
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    wanted = ("bar", "further") if further else ("bar",)
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+    return names_of(cases.CASES, quick, ("bar", "further") if further else ("bar",))
 
 
 def workload(name: str) -> AttentionWorkload:
     """By name; 'NAME@tiny' is the same case with few queries and keys."""
-    plain, _, variant = name.partition("@")
-    for case in cases.CASES:
-        if case.name == plain:
-            made = AttentionWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' in the list of attention's cases.")
+    return workload_of(name, cases.CASES, "in the list of attention's cases", AttentionWorkload)
 
 
 class Cross(nn.Module):
@@ -256,21 +252,3 @@ def ratio(row: dict[str, Any], mode: str) -> float | None:
     if best is None or "default" not in times.get("interfuse", {}):
         return None
     return float(best / times["interfuse"]["default"]["median"])
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "eager"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    with torch.no_grad():
-        benchmark(peers.built_here(workload(name), provider).infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)

@@ -11,9 +11,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interfuse.bench import peers, sweep
+from interfuse.bench import sweep
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar, memory_share
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
 from interfuse.cases import conv_pool as cases
 from torch import Tensor, nn
@@ -50,11 +52,11 @@ PROVIDERS = (
     "interfuse", "interfuse_channels_last", "interfuse_highest", "eager", "channels_last", "compile",
     "compile_channels_last", "compile_frozen", "onnxruntime", "openvino",
 )  # fmt: skip
+BENCHMARKED = ["interfuse", "eager", "channels_last"]  # by pytest-benchmark
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    wanted = ("bar", "further") if further else ("bar",)
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+    return names_of(cases.CASES, quick, ("bar", "further") if further else ("bar",))
 
 
 def sweep_rows(only: Sequence[str] | None, quick: bool, training: bool, threads: int) -> Iterator[sweep.Row]:
@@ -72,12 +74,7 @@ def sweep_rows(only: Sequence[str] | None, quick: bool, training: bool, threads:
 
 def workload(name: str) -> ConvPoolWorkload:
     """By name; 'NAME@tiny' is the same case on a batch of one and small images."""
-    plain, _, variant = name.partition("@")
-    for case in cases.CASES:
-        if case.name == plain:
-            made = ConvPoolWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' in the list of conv_pool's cases.")
+    return workload_of(name, cases.CASES, "in the list of conv_pool's cases", ConvPoolWorkload)
 
 
 class ConvPoolWorkload:
@@ -310,21 +307,3 @@ def bars(report: dict[str, Any]) -> list[Bar]:
 
 def spread(value: Any, count: int) -> tuple[int, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value)
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "eager", "channels_last"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    with torch.no_grad():
-        benchmark(peers.built_here(workload(name), provider).infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)

@@ -11,9 +11,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
 from interfuse.cases import linear as cases
 from torch import Tensor, nn
@@ -43,21 +44,16 @@ PROVIDERS = (
     "interfuse", "interfuse_half_weights", "interfuse_int8_weights", "eager", "compile", "compile_frozen",
     "onnxruntime", "openvino",
 )  # fmt: skip
+BENCHMARKED = ["interfuse", "interfuse_int8_weights", "eager"]  # by pytest-benchmark
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    wanted = ("bar", "further") if further else ("bar",)
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+    return names_of(cases.CASES, quick, ("bar", "further") if further else ("bar",))
 
 
 def workload(name: str) -> LinearWorkload:
     """By name; 'NAME@tiny' is the same case with at most two rows and a hundred columns."""
-    plain, _, variant = name.partition("@")
-    for case in cases.CASES:
-        if case.name == plain:
-            made = LinearWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' in the list of linear's cases.")
+    return workload_of(name, cases.CASES, "in the list of linear's cases", LinearWorkload)
 
 
 class Joined(nn.Module):
@@ -256,27 +252,3 @@ def int8_ratio(rows: dict[str, Any]) -> float | None:
     inference = rows.get(INT8_ROW, {}).get("inference", {})
     ours, peer = inference.get("times", {}).get("interfuse_int8_weights"), inference.get("best_peer")
     return peer["median"] / ours["default"]["median"] if ours and peer else None
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "interfuse_int8_weights", "eager"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    built = peers.built_here(workload(name), provider)
-    with torch.no_grad():
-        benchmark(built.infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    import pytest
-
-    train = peers.built_here(workload(name), provider).train
-    if train is None:
-        pytest.skip(f"{provider} does not train.")
-    benchmark(train)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
 from interfuse.cases import losses as cases
 from torch import Tensor, nn
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 # Of bench/peers.py, those that can run this op.
 PROVIDERS = ("interfuse", "eager", "torch_fused", "compile")
+BENCHMARKED = ["interfuse", "torch_fused", "eager"]  # by pytest-benchmark
 
 
 def names(further: bool, quick: bool) -> list[str]:
     wanted = ("bar", "beside", "further") if further else ("bar", "beside")
-    of_bench = [case.name for case in (*cases.CASES, *cases.PAIRS) if case.bench in wanted]
-    return [f"{name}{'@tiny' if quick else ''}" for name in of_bench]
+    return names_of((*cases.CASES, *cases.PAIRS), quick, wanted)
 
 
 def gpu_names() -> list[str]:
@@ -44,13 +45,11 @@ def gpu_names() -> list[str]:
 
 def workload(name: str) -> LossWorkload | PairWorkload:
     """By name; 'NAME@tiny' is the same case with eight rows and at most a hundred classes or features."""
-    plain, _, variant = name.partition("@")
-    made: LossWorkload | PairWorkload
-    for case in (*cases.CASES, *cases.PAIRS):
-        if case.name == plain:
-            made = PairWorkload(case) if isinstance(case, cases.PairCase) else LossWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' in the list of losses' cases.")
+
+    def make(case: Case | PairCase) -> LossWorkload | PairWorkload:
+        return PairWorkload(case) if isinstance(case, cases.PairCase) else LossWorkload(case)
+
+    return workload_of(name, (*cases.CASES, *cases.PAIRS), "in the list of losses' cases", make)
 
 
 class Head(nn.Module):
@@ -283,22 +282,3 @@ def bars(report: dict[str, Any]) -> list[Bar]:
                 Bar(f"error of {what} over eager's, {name}", TIMES_TORCHS_ERROR, share, at_least=False)
             )
     return result
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "torch_fused", "eager"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    built = peers.built_here(workload(name), provider)
-    with torch.no_grad():
-        benchmark(built.infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.rnn import ONNX_GATES
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from torch import Tensor, nn
 
 import interfuse
@@ -26,6 +28,7 @@ PROVIDERS = (
     "interfuse", "interfuse_optimized", "interfuse_half_weights", "eager", "channels_last", "compile",
     "compile_channels_last", "compile_frozen", "onnxruntime", "openvino",
 )  # fmt: skip
+BENCHMARKED = ["interfuse", "interfuse_optimized", "eager"]  # by pytest-benchmark
 VOCABULARY, EMBEDDING, HIDDEN, LAYERS, WIDTH, CLASSES = 10_000, 64, 128, 2, 512, 10
 CHANNELS = (32, 64, 128)
 
@@ -48,17 +51,12 @@ CASES = [
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in CASES]
+    return names_of(CASES, quick)
 
 
 def workload(name: str) -> ModelWorkload:
     """By name; 'NAME@tiny' is the same model on the smallest pictures and few steps."""
-    plain, _, variant = name.partition("@")
-    for case in CASES:
-        if case.name == plain:
-            made = ModelWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' among the models' cases.")
+    return workload_of(name, CASES, "among the models' cases", ModelWorkload)
 
 
 class ModelWorkload:
@@ -238,21 +236,3 @@ def ratio(
     peer_names = theirs or [name for name in times if not peers.PROVIDERS[name].ours]
     others = [spread["median"] for name in peer_names for spread in times.get(name, {}).values()]
     return min(others) / times[ours]["default"]["median"] if others else None
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "interfuse_optimized", "eager"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    with torch.no_grad():
-        benchmark(peers.built_here(workload(name), provider).infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)

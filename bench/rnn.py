@@ -10,9 +10,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
 from interfuse.cases import rnn as cases
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ PROVIDERS = (
     "interfuse", "interfuse_half_weights", "interfuse_padded", "eager", "compile", "compile_frozen",
     "onnxruntime", "openvino",
 )  # fmt: skip
+BENCHMARKED = ["interfuse", "eager"]  # by pytest-benchmark
 OURS = {
     "rnn_tanh": (interfuse.nn.RNN, interfuse.nn.EmbeddingRNN),
     "rnn_relu": (interfuse.nn.RNN, interfuse.nn.EmbeddingRNN),
@@ -40,8 +42,7 @@ ONNX_GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    wanted = ("bar", "further") if further else ("bar",)
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in cases.CASES if case.bench in wanted]
+    return names_of(cases.CASES, quick, ("bar", "further") if further else ("bar",))
 
 
 def gpu_names() -> list[str]:
@@ -50,12 +51,7 @@ def gpu_names() -> list[str]:
 
 def workload(name: str) -> RnnWorkload:
     """By name; 'NAME@tiny' is the same case on few short sequences."""
-    plain, _, variant = name.partition("@")
-    for case in (*cases.CASES, *cases.GPU):
-        if case.name == plain:
-            made = RnnWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' in the list of rnn's cases.")
+    return workload_of(name, (*cases.CASES, *cases.GPU), "in the list of rnn's cases", RnnWorkload)
 
 
 class Sequences(nn.Module):
@@ -308,21 +304,3 @@ def ratio(row: dict[str, Any], mode: str, ours: str = "interfuse", theirs: str =
     else:
         other = row[mode].get("best_peer", {}).get("median")
     return None if other is None else float(other / times[ours]["default"]["median"])
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", ["interfuse", "eager"])
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    with torch.no_grad():
-        benchmark(peers.built_here(workload(name), provider).infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)

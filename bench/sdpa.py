@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from interfuse.bench.roofline import Cost
+from interfuse.bench.rows import names_of, workload_of
 from torch import Tensor, nn
 
 from interfuse.ops import attention
@@ -102,14 +103,9 @@ class SdpaWorkload:
 
 
 def names(further: bool, quick: bool) -> list[str]:
-    return [f"{case.name}{'@tiny' if quick else ''}" for case in CASES]
+    return names_of(CASES, quick)
 
 
 def workload(name: str) -> SdpaWorkload:
     """By name; 'NAME@tiny' is the same case with few queries and keys."""
-    plain, _, variant = name.partition("@")
-    for case in CASES:
-        if case.name == plain:
-            made = SdpaWorkload(case)
-            return made.tiny() if variant == "tiny" else made
-    raise ValueError(f"There is no case '{plain}' among the rows of attention alone.")
+    return workload_of(name, CASES, "among the rows of attention alone", SdpaWorkload)

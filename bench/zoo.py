@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from interfuse.bench import peers
+from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
 from interfuse.bench.report import Bar
 from interfuse.bench.roofline import Cost
 from interfuse.cases.zoo import ENTRIES, Entry
@@ -20,6 +20,7 @@ import interfuse
 
 # "interfuse": with example inputs, which measures every site; "interfuse_optimized": without.
 PROVIDERS = ("interfuse", "interfuse_optimized", "eager")
+BENCHMARKED = PROVIDERS  # by pytest-benchmark
 TOGETHER = True  # in one process, one after the other: it is torch's threads that all of them run on
 SCALE = 4  # of widths and batch, over those of the tests
 
@@ -104,21 +105,3 @@ def ratio(row: dict[str, Any], mode: str, provider: str) -> float | None:
     if any("default" not in times.get(name, {}) for name in (provider, "eager")):
         return None
     return float(times["eager"]["default"]["median"] / times[provider]["default"]["median"])
-
-
-# --- pytest-benchmark --------------------------------------------------------------------------------------
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A hook and no decorator: the command line imports this file too, and needs no pytest for that."""
-    metafunc.parametrize("provider", PROVIDERS)
-    metafunc.parametrize("name", names(further=True, quick=False))
-
-
-def test_inference(benchmark: Any, name: str, provider: str) -> None:
-    with torch.no_grad():
-        benchmark(peers.built_here(workload(name), provider).infer)
-
-
-def test_training(benchmark: Any, name: str, provider: str) -> None:
-    benchmark(peers.built_here(workload(name), provider).train)
