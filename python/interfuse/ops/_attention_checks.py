@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops._attention_problem import DTYPES, AttentionParams, AttentionProblem
+from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
+from interfuse.ops._dtypes import DTYPES
 
 
 def fail(sentence: str) -> ValueError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from interfuse.dispatch import Implementation, choose
 from interfuse.ops import _attention_triton as triton
 from interfuse.ops import _native_limits
 from interfuse.ops._attention_native import pointer
-from interfuse.ops._attention_problem import DTYPES, Three
+from interfuse.ops._dtypes import DTYPES
 from interfuse.ops._native_limits import DTYPE_NAMES
 from interfuse.reference import attention as reference
 from interfuse.torch_state import (
@@ -29,6 +29,9 @@ from interfuse.torch_state import (
     has_tangent,
     redispatch_below_autograd,
 )
+
+if TYPE_CHECKING:
+    from interfuse.ops._attention_problem import Three
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from interfuse import memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Three = tuple[Tensor, Tensor, Tensor]
 

@@ -24,9 +24,9 @@ from interfuse.ops._conv_pool_problem import (
     pooled_size,
     suggests_channels_last,
 )
+from interfuse.ops._dtypes import DTYPES
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 IntOrInts = int | Sequence[int]
 

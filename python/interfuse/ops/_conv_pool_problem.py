@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 POOLS = ("none", "max", "avg")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 PRECISIONS = ("default", "highest")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The winner's position is one byte, and 255 means 'no gradient'.
 LARGEST_INDEXED_WINDOW = 255

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops._linear_problem import ACTIVATIONS, DTYPES, LinearParams, LinearProblem
+from interfuse.ops._dtypes import DTYPES
+from interfuse.ops._linear_problem import ACTIVATIONS, LinearParams, LinearProblem
 
 # A weight may have one of these instead of the inputs' dtype; int8 comes with a scale.
 WEIGHT_DTYPES = (torch.bfloat16, torch.int8)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ACTIVATIONS = (*activations.ACTIVATIONS, "softmax")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Two = tuple[Tensor, Tensor]
 

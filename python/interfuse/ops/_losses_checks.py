@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from interfuse.ops._dtypes import DTYPES
 from interfuse.ops._losses_problem import (
-    DTYPES,
     REDUCTIONS,
     CrossEntropyParams,
     CrossEntropyProblem,

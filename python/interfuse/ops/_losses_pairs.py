@@ -15,8 +15,9 @@ from torch import Tensor
 from interfuse.autocast import autocast_dtype, cast
 from interfuse.ops import _losses_info_nce as info_nce_eager
 from interfuse.ops import _losses_pairs_eager as eager
+from interfuse.ops._dtypes import DTYPES
 from interfuse.ops._losses_checks import fail
-from interfuse.ops._losses_problem import DTYPES, REDUCTIONS, loss_dtype
+from interfuse.ops._losses_problem import REDUCTIONS, loss_dtype
 from interfuse.reference import losses as reference
 from interfuse.torch_state import in_transform
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REDUCTIONS = ("none", "mean", "sum")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Tensors(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.ops._rnn_problem import CELLS, DTYPES, GATES, RnnProblem
+from interfuse.ops._dtypes import DTYPES
+from interfuse.ops._rnn_problem import CELLS, GATES, RnnProblem
 from interfuse.reference.rnn import valid_ids
 
 if TYPE_CHECKING:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 CELLS = tuple(GATES)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from interfuse.autocast import autocast_dtype
 from interfuse.nn.attention import Weights, multihead_forward, weights_of, what_is_wrong
 from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
+from interfuse.ops._dtypes import KERNEL_DTYPES
 from interfuse.ops.attention import IMPLEMENTATIONS
-from interfuse.rewrite.known import PLAIN_TENSORS, why_not_type
+from interfuse.rewrite.known import PLAIN_TENSORS, is_ours, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _NAMES = (
     "average_attn_weights",
     "is_causal",
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Seen(NamedTuple):
@@ -72,9 +72,7 @@ class Attention(Pattern):
     whole = True
 
     def anchors(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.MultiheadAttention) and not type(module).__module__.startswith(
-            "interfuse."
-        )
+        return isinstance(module, nn.MultiheadAttention) and not is_ours(module)
 
     def refuse(self, module: nn.Module) -> str | None:
         reason = why_not_type(module, (nn.MultiheadAttention,), "nn.MultiheadAttention")
@@ -84,7 +82,7 @@ class Attention(Pattern):
         if nn.utils.parametrize.is_parametrized(out_proj):
             return "its out_proj is parametrised, so that its weights are computed anew at every call"
         dtype = out_proj.weight.dtype
-        if dtype not in _DTYPES:
+        if dtype not in KERNEL_DTYPES:
             return f"its weights are {dtype}; the kernels take float32, bfloat16 and float16"
         return None
 
@@ -179,7 +177,7 @@ def _fits(
     if not query.numel() or not key.numel():
         return False
     if autocast_dtype(x.device) is not None:
-        return all(t.dtype in _DTYPES for t in there)
+        return all(t.dtype in KERNEL_DTYPES for t in there)
     return all(t.dtype is x.dtype for t in there) and all(
         m is None or m.dtype in (torch.bool, x.dtype) for m in masks
     )

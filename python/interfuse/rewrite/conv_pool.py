@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interfuse.autocast import autocast_dtype
 from interfuse.numerics import get_precision
 from interfuse.ops import _conv_pool_native as native
-from interfuse.ops._conv_pool_checks import DTYPES, Options, check, resolve
+from interfuse.ops._conv_pool_checks import Options, check, resolve
+from interfuse.ops._dtypes import CPU_KERNEL_DTYPES, DTYPES, KERNEL_DTYPES
 from interfuse.ops.conv_pool import IMPLEMENTATIONS, conv_pool, pad_by_mode
 from interfuse.rewrite.known import (
     CONVOLUTIONS,
@@ -21,9 +21,11 @@ from interfuse.rewrite.known import (
     Activation,
     Pool,
     activation_of,
+    autocast_of,
     is_quantised,
     pool_of,
     touched,
+    tried,
     why_not_module,
 )
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
@@ -47,10 +49,6 @@ NORMALISATIONS = (
     nn.InstanceNorm3d,
 )
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-# What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Without a pool a training step saves torch one function, and ours is one of Python's, which a small kernel
 # does not pay for: such sites of up to 32 million products each cost whole models 0.03 to 1 ms a step, though
@@ -158,21 +156,13 @@ class ConvPool(Pattern):
             else:
                 return None
         if activation is not None:
-            if not isinstance(activation.slope, (int, float)):
+            if not activation.is_constant:
                 return None
-            settings["activation"] = activation.name
-            settings["negative_slope"] = activation.slope
+            settings |= activation.settings()
         if pool is not None:
             if pool.spatial != spatial:
                 return None
-            settings |= {
-                "pool": pool.kind,
-                "pool_size": pool.size,
-                "pool_stride": pool.stride,
-                "pool_padding": pool.padding,
-                "ceil_mode": pool.ceil_mode,
-                "count_include_pad": pool.count_include_pad,
-            }
+            settings |= pool.settings()
         return Call((value, weight, bias), settings)
 
     def run(self, call: Call) -> Tensor:
@@ -181,7 +171,7 @@ class ConvPool(Pattern):
     def describe(self, call: Call) -> Seen:
         x = call.tensors[0]
         tensors = tuple(None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in call.tensors)
-        return Seen(tensors, x.device, _autocast(x), call.settings, wants_gradient(call))
+        return Seen(tensors, x.device, autocast_of(x), call.settings, wants_gradient(call))
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
         def meta(t: tuple[Any, Any, torch.dtype] | None) -> Tensor | None:
@@ -244,38 +234,32 @@ def fits(value: Tensor, weight: Any, bias: Any, groups: int, spatial: int) -> bo
     if on_cpu != weight.is_cpu:
         return False
     dtype = value.dtype
-    autocast = _autocast(value)
+    autocast = autocast_of(value)
     if autocast and dtype in DTYPES and weight.dtype in DTYPES:
         dtype = autocast
     elif dtype is not weight.dtype:
         return False
-    return dtype in (CPU_DTYPES if on_cpu else GPU_DTYPES)
+    return dtype in (CPU_KERNEL_DTYPES if on_cpu else KERNEL_DTYPES)
 
 
-def _autocast(value: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would have the convolution compute in."""
-    return None if value.dtype is torch.float64 else autocast_dtype(value.device)
+def _read_at(read: Any, links: Sequence[StaticLink], at: int) -> list[Any]:
+    """What each callee of the link at this place is read as; nothing where there is no further link."""
+    return [
+        tried(read, callee, link.arguments, link.keywords)
+        for link in links[at : at + 1]
+        for callee in link.callees
+    ]
 
 
 def _first_activation(links: Sequence[StaticLink], at: int) -> Activation | None:
-    found = (
-        (_try(activation_of, callee, links[at]) for callee in links[at].callees) if at < len(links) else ()
-    )
-    return next((f for f in found if isinstance(f, Activation)), None)
+    return next((f for f in _read_at(activation_of, links, at) if isinstance(f, Activation)), None)
 
 
 def _first_pool(links: Sequence[StaticLink], at: int, spatial: int) -> Pool | str | None:
-    found = [_try(pool_of, callee, links[at]) for callee in links[at].callees] if at < len(links) else []
+    found = _read_at(pool_of, links, at)
     return next(
         (f for f in found if isinstance(f, str) or (isinstance(f, Pool) and f.spatial == spatial)), None
     )
-
-
-def _try(read: Any, callee: Any, link: StaticLink) -> Any:
-    try:
-        return read(callee, link.arguments, link.keywords)
-    except TypeError:  # arguments that the function does not take: calling it will say so
-        return None
 
 
 def _why_not_link(link: StaticLink) -> str:

@@ -18,7 +18,7 @@ from interfuse.ops.conv_pool import conv_pool
 from interfuse.ops.linear import linear
 from interfuse.ops.losses import linear_cross_entropy
 from interfuse.rewrite.conv_pool import fits
-from interfuse.rewrite.known import Activation, Pool, activation_of, pool_of
+from interfuse.rewrite.known import Activation, Pool, activation_of, pool_of, tried
 from interfuse.rewrite.linear import fits as fits_linear
 from interfuse.rewrite.losses import fits as fits_loss
 
@@ -81,7 +81,7 @@ def _fuse_convolution(graph: fx.Graph, conv: Any) -> bool:
     activation = pool = None
     while (reader := _reader(last)) is not None:
         found = _read(activation_of, reader)
-        if activation is None and isinstance(found, Activation) and isinstance(found.slope, (int, float)):
+        if activation is None and isinstance(found, Activation) and found.is_constant:
             if pool is not None and not (pool.kind == "max" and found.increasing):
                 break
             activation, last = found, reader
@@ -93,16 +93,9 @@ def _fuse_convolution(graph: fx.Graph, conv: Any) -> bool:
     if last is conv:
         return False
     if activation is not None:
-        given |= {"activation": activation.name, "negative_slope": activation.slope}
+        given |= activation.settings()
     if pool is not None:
-        given |= {
-            "pool": pool.kind,
-            "pool_size": pool.size,
-            "pool_stride": pool.stride,
-            "pool_padding": pool.padding,
-            "ceil_mode": pool.ceil_mode,
-            "count_include_pad": pool.count_include_pad,
-        }
+        given |= pool.settings()
     _replace(graph, conv, last, conv_pool, (*tensors,), given)
     return True
 
@@ -133,8 +126,8 @@ def _fuse_linear(graph: fx.Graph, product: fx.Node) -> bool:
     last = product
     reader = _reader(product)
     found = None if reader is None else _read(activation_of, reader)
-    if reader is not None and found is not None and isinstance(found.slope, (int, float)):
-        settings = {"activation": found.name, "negative_slope": found.slope}
+    if reader is not None and found is not None and found.is_constant:
+        settings = found.settings()
         last = reader
     _replace(graph, product, last, linear, (list(parts), weight, bias), settings)
     graph.erase_node(x)
@@ -211,10 +204,7 @@ def _reader(node: fx.Node, beside_parameters: bool = False) -> fx.Node | None:
 
 
 def _read(read: Callable[..., Any], node: fx.Node) -> Any:
-    try:
-        return read(node.target, node.args[1:], node.kwargs)
-    except TypeError:  # arguments that the function does not take
-        return None
+    return tried(read, node.target, node.args[1:], node.kwargs)
 
 
 def _replace(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from interfuse.autocast import autocast_dtype
 from interfuse.torch_state import TRACED_TENSORS, has_hooks, is_untouched, is_watched_globally
 
 # Tensors that an op of ours can take. Other subclasses (DTensor, user types) may mean something else by a
@@ -40,6 +41,15 @@ class Activation(NamedTuple):
             return isinstance(self.slope, (int, float)) and self.slope > 0
         return self.name == "relu"
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether its slope is a number, as the ops take it, and not a tensor."""
+        return isinstance(self.slope, (int, float))
+
+    def settings(self) -> dict[str, Any]:
+        """As the ops call it."""
+        return {"activation": self.name, "negative_slope": self.slope}
+
 
 RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID = map(
     Activation, ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
@@ -54,6 +64,21 @@ class Pool(NamedTuple):
     padding: Any
     ceil_mode: bool
     count_include_pad: bool
+
+    def settings(self) -> dict[str, Any]:
+        """As conv_pool calls it."""
+        return {
+            "pool": self.kind,
+            "pool_size": self.size,
+            "pool_stride": self.stride,
+            "pool_padding": self.padding,
+            "ceil_mode": self.ceil_mode,
+            "count_include_pad": self.count_include_pad,
+        }
+
+
+def is_ours(module: object) -> bool:
+    return type(module).__module__.startswith("interfuse.")
 
 
 def is_quantised(module: nn.Module, file: str) -> bool:
@@ -270,3 +295,19 @@ def pool_of(callee: Any, arguments: Arguments, keywords: Keywords) -> Pool | str
         return read(callee)
     function = None if isinstance(callee, nn.Module) else POOL_FUNCTIONS.get(callee)
     return None if function is None else function(*arguments, **keywords)
+
+
+def tried(
+    read: Callable[[Any, Arguments, Keywords], Any], callee: Any, arguments: Arguments, keywords: Keywords
+) -> Any:
+    """What `read`, one of the two above, finds; None for arguments that the function does not take, of which
+    calling it will tell."""
+    try:
+        return read(callee, arguments, keywords)
+    except TypeError:
+        return None
+
+
+def autocast_of(value: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would have products of this tensor computed in."""
+    return None if value.dtype is torch.float64 else autocast_dtype(value.device)

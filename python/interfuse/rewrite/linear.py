@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from interfuse.autocast import autocast_dtype
+from interfuse.ops._dtypes import CPU_KERNEL_DTYPES, DTYPES, KERNEL_DTYPES
 from interfuse.ops._linear_checks import Options, check, resolve
-from interfuse.ops._linear_problem import DTYPES
 from interfuse.ops.linear import IMPLEMENTATIONS, linear
-from interfuse.rewrite.known import FORWARDS, PLAIN_TENSORS, activation_of, is_quantised, why_not_module
+from interfuse.rewrite.known import (
+    FORWARDS,
+    PLAIN_TENSORS,
+    activation_of,
+    autocast_of,
+    is_ours,
+    is_quantised,
+    tried,
+    why_not_module,
+)
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel, wants_gradient
 from interfuse.torch_state import current_parameters, is_untouched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 # In inference torch's own concatenation and product were measured to be as fast below these sizes. Torch
@@ -49,11 +54,10 @@ class Linear(Pattern):
     whole = False
 
     def anchors(self, module: nn.Module) -> bool:
-        where = type(module).__module__
         # Its subclass in MultiheadAttention is never called.
         return is_quantised(module, "linear") or (
             isinstance(module, nn.Linear)
-            and not where.startswith("interfuse.")
+            and not is_ours(module)
             and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         )
 
@@ -75,7 +79,10 @@ class Linear(Pattern):
         taken = 1 + joins
         if len(links) > taken:
             following = links[taken]
-            if any(_reads_as_activation(callee, following) for callee in following.callees):
+            if any(
+                tried(activation_of, callee, following.arguments, following.keywords)
+                for callee in following.callees
+            ):
                 taken += 1
             else:
                 end = f"{following.text} follows, which is no activation of the kernel's"
@@ -104,9 +111,9 @@ class Linear(Pattern):
         settings: dict[str, Any] = {}
         if len(links) > 1:
             activation = activation_of(*links[1])
-            if activation is None or not isinstance(activation.slope, (int, float)):
+            if activation is None or not activation.is_constant:
                 return None
-            settings = {"activation": activation.name, "negative_slope": activation.slope}
+            settings = activation.settings()
         weight, bias = current_parameters(module, ["weight", "bias"])
         if not joins:
             return Call((value, weight, bias), settings) if fits(value, weight, bias) else None
@@ -122,7 +129,7 @@ class Linear(Pattern):
     def describe(self, call: Call) -> Seen:
         tensors = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in call.tensors)
         x = call.tensors[0]
-        return Seen(tensors, x.device, _autocast(x), call.settings, wants_gradient(call))
+        return Seen(tensors, x.device, autocast_of(x), call.settings, wants_gradient(call))
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
         *inputs, weight = (
@@ -177,13 +184,6 @@ def _parts(value: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) ->
     return list(value)
 
 
-def _reads_as_activation(callee: Any, link: StaticLink) -> bool:
-    try:
-        return activation_of(callee, link.arguments, link.keywords) is not None
-    except TypeError:  # arguments that the function does not take: calling it will say so
-        return False
-
-
 def fits(value: Any, weight: Any, bias: Any, width: int | None = None) -> bool:
     """Whether the op computes this. What it does not, the modules themselves compute or refuse. `width` is
     that of all inputs together, where the value is the first of several."""
@@ -194,15 +194,10 @@ def fits(value: Any, weight: Any, bias: Any, width: int | None = None) -> bool:
         return False
     if weight.dim() != 2 or not weight.shape[1] or (width or value.shape[-1]) != weight.shape[1]:
         return False
-    dtype, autocast = value.dtype, _autocast(value)
+    dtype, autocast = value.dtype, autocast_of(value)
     for t in parameters:
         if t.device != value.device or t.layout is not torch.strided:
             return False
         if t.dtype is not dtype and not (autocast and t.dtype in DTYPES):
             return False
-    return (autocast or dtype) in (CPU_DTYPES if value.is_cpu else GPU_DTYPES)
-
-
-def _autocast(value: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would have the products compute in."""
-    return None if value.dtype is torch.float64 else autocast_dtype(value.device)
+    return (autocast or dtype) in (CPU_KERNEL_DTYPES if value.is_cpu else KERNEL_DTYPES)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
-from interfuse.ops._losses_problem import DTYPES, CrossEntropyParams, CrossEntropyProblem
+from interfuse.ops._dtypes import KERNEL_DTYPES
+from interfuse.ops._losses_problem import CrossEntropyParams, CrossEntropyProblem
 from interfuse.ops.losses import IMPLEMENTATIONS, linear_cross_entropy
 from interfuse.rewrite.known import LINEAR_LOSS, PLAIN_TENSORS, why_not_type
 from interfuse.rewrite.site import Call, LiveLink, Match, Pattern, StaticLink, choose_kernel
@@ -45,7 +46,7 @@ class Losses(Pattern):
         reason = why_not_type(loss.linear, (nn.Linear,), "nn.Linear")
         if reason is not None:
             return f"of its linear layer: {reason}"
-        if loss.linear.weight.dtype not in DTYPES[:3]:
+        if loss.linear.weight.dtype not in KERNEL_DTYPES:
             return (
                 f"its weights are {loss.linear.weight.dtype}; the kernels take float32, bfloat16 and float16"
             )
@@ -119,5 +120,5 @@ def _fits(x: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any
         return False
     floats = (x, linear_weight) if linear_bias is None else (x, linear_weight, linear_bias)
     if autocast_dtype(x.device) is not None:
-        return all(t.dtype in DTYPES[:3] for t in floats)
-    return x.dtype in DTYPES[:3] and all(t.dtype is x.dtype for t in floats)
+        return all(t.dtype in KERNEL_DTYPES for t in floats)
+    return x.dtype in KERNEL_DTYPES and all(t.dtype is x.dtype for t in floats)

@@ -13,13 +13,15 @@ from torch.nn.utils.rnn import PackedSequence
 from interfuse.autocast import autocast_dtype
 from interfuse.nn.rnn import run_module
 from interfuse.nn.rnn_embedding import why_not_embedding
-from interfuse.ops._rnn_problem import DTYPES, RnnProblem
+from interfuse.ops._dtypes import DTYPES, KERNEL_DTYPES
+from interfuse.ops._rnn_problem import RnnProblem
 from interfuse.ops.rnn import IMPLEMENTATIONS
 from interfuse.rewrite.bound import ModuleForward, PlainForward
 from interfuse.rewrite.known import (
     FORWARDS,
     PLAIN_TENSORS,
     RECURRENT,
+    is_ours,
     is_quantised,
     why_not_module,
     why_not_type,
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-# What kernels compute in; anything else is for the reference, and torch's own modules are faster than that.
-HALVES_TOO = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rnn(Pattern):
@@ -50,13 +50,12 @@ class Rnn(Pattern):
         let_compile_see_recurrent_modules()
 
     def anchors(self, module: nn.Module) -> bool:
-        where = type(module).__module__
         return is_quantised(module, "rnn") or (
-            isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not where.startswith("interfuse.")
+            isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not is_ours(module)
         )
 
     def leads(self, callee: object) -> bool:
-        return isinstance(callee, nn.Embedding) and not type(callee).__module__.startswith("interfuse.")
+        return isinstance(callee, nn.Embedding) and not is_ours(callee)
 
     def refuse(self, module: nn.Module) -> str | None:
         name = type(module).__name__
@@ -216,5 +215,5 @@ def _fits(
         return False
     if autocast_dtype(x.device) is not None:
         # torch's LSTM takes part in autocast on the CPU, its other modules do not.
-        return module.mode == "LSTM" and x.dtype in HALVES_TOO and weights[0].dtype in HALVES_TOO
-    return x.dtype in HALVES_TOO and all(t.dtype is x.dtype for t in (*states, *weights))
+        return module.mode == "LSTM" and x.dtype in KERNEL_DTYPES and weights[0].dtype in KERNEL_DTYPES
+    return x.dtype in KERNEL_DTYPES and all(t.dtype is x.dtype for t in (*states, *weights))
