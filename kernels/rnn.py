@@ -30,17 +30,17 @@ reserve_row = plan.reserve_row
 
 
 class Walks(Protocol):
-    """What walks through time, a layer and some steps at a call; arguments as in rnn_launches.py."""
+    """What walks through time, a layer and some steps at a call."""
 
     def parts(self, problem: RnnProblem, backward: bool) -> Sequence[range]:
         """The steps, cut where another layer may go on beside; in their order, also backwards."""
 
     def memory(self, problem: RnnProblem, backward: bool) -> Any:
-        """What the walk through one layer needs beside its arguments, of whatever kind."""
+        """What the walk through one layer needs beside its tensors, of whatever kind."""
 
-    def forward(self, steps: range, memory: Any, /, *arguments: Any) -> None: ...
+    def forward(self, problem: RnnProblem, walk: plan.Walk, steps: range, memory: Any) -> None: ...
 
-    def backward(self, steps: range, memory: Any, /, *arguments: Any) -> None: ...
+    def backward(self, problem: RnnProblem, walk: plan.WalkBack, steps: range, memory: Any) -> None: ...
 
 
 class _TritonWalks:
@@ -52,11 +52,11 @@ class _TritonWalks:
     def memory(self, problem: RnnProblem, backward: bool) -> Any:
         return None
 
-    def forward(self, steps: range, memory: Any, /, *arguments: Any) -> None:
-        plan.forward_launch(*arguments).run()
+    def forward(self, problem: RnnProblem, walk: plan.Walk, steps: range, memory: Any) -> None:
+        plan.forward_launch(problem, walk).run()
 
-    def backward(self, steps: range, memory: Any, /, *arguments: Any) -> None:
-        plan.backward_launch(*arguments).run()
+    def backward(self, problem: RnnProblem, walk: plan.WalkBack, steps: range, memory: Any) -> None:
+        plan.backward_launch(problem, walk).run()
 
 
 TRITON = _TritonWalks()
@@ -110,7 +110,8 @@ def run(
             own = slice(number * p.directions, (number + 1) * p.directions)
             states = (h0[own] if h0 is not None else None, c0[own] if c0 is not None else None)
             final = (hn[own], cn[own] if p.cell == "lstm" else None)
-            walks.forward(steps, memories[number], p, runs, layers[number], pre, lengths, *states, *final)
+            walk = plan.Walk(runs, layers[number], pre, lengths, *states, *final)
+            walks.forward(p, walk, steps, memories[number])
 
         rnn_overlap.run(rnn_overlap.tasks_of(range(p.layers), walks.parts(p, False), work), p.device)
     return y, hn, cn, reserve
@@ -158,29 +159,22 @@ def run_backward(
             )
             cn_ = cn_ if p.cell == "lstm" else None
             runs, (grads, grad_out) = plan.run_weights(p, weights, number), empty_token_gradients(p)
-            given = (lengths, h0_, c0_, grad, hn_, cn_)
+            walk = plan.WalkBack(
+                runs, layers[number], lengths, h0_, c0_, grad, hn_, cn_, grads, grad_out, *out
+            )
             below = (p.batch * p.steps, p.layer_input(number))
             wanted = number > 0 or mask[0]
             grad = torch.empty(below, dtype=p.dtype, device=p.device) if wanted else None
-            walk = (p, runs, layers[number], *given, grads, grad_out, *out)
-            at_work[number] = _LayerBack(
-                walk,
-                walks.memory(p, True),
-                input_weights(p, runs),
-                grad,
-                h0_,
-                grads,
-                grad_out,
-            )
+            at_work[number] = _LayerBack(walk, walks.memory(p, True), input_weights(p, runs), grad)
 
         def work(number: int, steps: range) -> None:
             layer = at_work[number]
-            walks.backward(steps, layer.memory, *layer.walk)
+            walks.backward(p, layer.walk, steps, layer.memory)
             if layer.below is not None:
-                input_gradient(p, layer.input_weights, layer.grads, steps, layer.below)
+                input_gradient(p, layer.input_weights, layer.walk.grads, steps, layer.below)
 
         def finish(number: int) -> None:
-            layer = at_work.pop(number)
+            walk = at_work.pop(number).walk
             flat = slice(*(3 + n * p.directions * p.weights_per_run for n in (number, number + 1)))
             if not any(mask[flat]):
                 return
@@ -189,7 +183,7 @@ def run_backward(
             else:
                 inputs = plan.inner_inputs(p, layers[number - 1].y, number)
             rows = input_rows(p, inputs, lengths)
-            every = weight_gradients(p, rows, layers[number], lengths, layer.h0, layer.grads, layer.grad_out)
+            every = weight_gradients(p, rows, walk)
             found[flat] = [grad if yes else None for grad, yes in zip(every, mask[flat], strict=True)]
 
         # Layers that do not overlap need not have their gradients in memory at the same time.
@@ -209,13 +203,10 @@ def run_backward(
 class _LayerBack:
     """A layer on its way back through time."""
 
-    walk: tuple[Any, ...]
+    walk: plan.WalkBack
     memory: Any
     input_weights: list[Tensor]
     below: Tensor | None  # the gradient of its input
-    h0: Tensor | None
-    grads: Tensor
-    grad_out: Tensor | None
 
 
 def empty_token_gradients(problem: RnnProblem) -> tuple[Tensor, Tensor | None]:
@@ -272,19 +263,11 @@ def input_gradient(
         torch.addmm(to, at_inputs(p, grads, 1), weights[1], out=to)
 
 
-def weight_gradients(
-    problem: RnnProblem,
-    rows: Tensor,
-    layer: plan.Kept,
-    lengths: Tensor | None,
-    h0: Tensor | None,
-    grads: Tensor,
-    grad_out: Tensor | None,
-) -> list[Tensor]:
+def weight_gradients(problem: RnnProblem, rows: Tensor, walk: plan.WalkBack) -> list[Tensor]:
     """Of a layer's parameters, in their flat order: products and sums over all tokens."""
-    p = problem
+    p, grads, grad_out, layer = problem, walk.grads, walk.grad_out, walk.kept
     before = torch.empty((p.batch * p.steps, p.directions, p.output_size), dtype=p.dtype, device=grads.device)
-    plan.previous_states_launch(p, layer.y, lengths, h0, before).run()
+    plan.previous_states_launch(p, layer.y, walk.lengths, walk.h0, before).run()
     found = []
     for direction in range(p.directions):
         left, right = at_inputs(p, grads, direction), at_states(p, grads, direction)

@@ -346,32 +346,52 @@ def input_launch(
     )
 
 
-def forward_launch(
-    problem: RnnProblem,
-    runs: Sequence[RunWeights],
-    layer: Kept,
-    pre: Tensor,
-    lengths: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    hn: Tensor,
-    cn: Tensor | None,
-) -> Launch:
-    """One layer's recurrence; the states are this layer's."""
+class Walk(NamedTuple):
+    """One layer's tensors on its way through time; the states are this layer's."""
+
+    runs: Sequence[RunWeights]
+    kept: Kept
+    pre: Tensor
+    lengths: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    hn: Tensor
+    cn: Tensor | None
+
+
+class WalkBack(NamedTuple):
+    """The same on its way back, which fills grads, grad_out with a projection, and grad_h0 and grad_c0."""
+
+    runs: Sequence[RunWeights]
+    kept: Kept
+    lengths: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    grad_y: Tensor | None
+    grad_hn: Tensor | None
+    grad_cn: Tensor | None
+    grads: Tensor
+    grad_out: Tensor | None
+    grad_h0: Tensor | None
+    grad_c0: Tensor | None
+
+
+def forward_launch(problem: RnnProblem, walk: Walk) -> Launch:
+    """One layer's recurrence."""
     p, chosen = problem, recurrence(problem)
     tile = chosen.forward
     args: dict[str, Argument] = {
-        "pre": pre,
-        **_recurrent_weights(runs, aligned=not chosen.resident),
-        "b_hn": new_gate_bias(p, runs),
-        "h0": h0,
-        "c0": c0,
-        "lengths": lengths,
-        "y": layer.y,
-        "hn": hn,
-        "cn": cn,
-        "gates": layer.gates,
-        "state": layer.state,
+        "pre": walk.pre,
+        **_recurrent_weights(walk.runs, aligned=not chosen.resident),
+        "b_hn": new_gate_bias(p, walk.runs),
+        "h0": walk.h0,
+        "c0": walk.c0,
+        "lengths": walk.lengths,
+        "y": walk.kept.y,
+        "hn": walk.hn,
+        "cn": walk.cn,
+        "gates": walk.kept.gates,
+        "state": walk.kept.state,
         **_walk(p),
     }
     constants = {**_cell(p), "SAVE": p.save, **_products(p), **chosen.constants(tile)}
@@ -380,11 +400,11 @@ def forward_launch(
         constants["HIDDEN"] = p.hidden_size
     else:
         shape = 2 * p.directions * p.batch * _row(p.output_size)
-        swap = torch.zeros(shape, dtype=p.dtype, device=pre.device)
-        args |= {"middle": layer.middle, "swap": swap, **_sizes(p)}
+        swap = torch.zeros(shape, dtype=p.dtype, device=walk.pre.device)
+        args |= {"middle": walk.kept.middle, "swap": swap, **_sizes(p)}
         if p.cell == "gru":
             shape = p.batch * p.directions * p.hidden_size
-            args["state"] = torch.empty(shape, dtype=torch.float32, device=pre.device)
+            args["state"] = torch.empty(shape, dtype=torch.float32, device=walk.pre.device)
     return Launch(
         kernels.resident_forward if chosen.resident else kernels.stream_forward,
         _programs(p, tile.rows),
@@ -396,38 +416,24 @@ def forward_launch(
     )
 
 
-def backward_launch(
-    problem: RnnProblem,
-    runs: Sequence[RunWeights],
-    layer: Kept,
-    lengths: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    grad_y: Tensor | None,
-    grad_hn: Tensor | None,
-    grad_cn: Tensor | None,
-    grads: Tensor,
-    grad_out: Tensor | None,
-    grad_h0: Tensor | None,
-    grad_c0: Tensor | None,
-) -> Launch:
-    """One layer's recurrence backwards: fills grads, grad_out with a projection, and grad_h0 and grad_c0."""
+def backward_launch(problem: RnnProblem, walk: WalkBack) -> Launch:
+    """One layer's recurrence backwards."""
     p, chosen = problem, recurrence(problem)
     tile = chosen.backward
     args: dict[str, Argument] = {
-        "grad_y": grad_y,
-        "grad_hn": grad_hn,
-        "grad_cn": grad_cn,
-        **_recurrent_weights(runs, aligned=not chosen.resident),
-        "h0": h0,
-        "c0": c0,
-        "lengths": lengths,
-        "y": layer.y,
-        "gates": layer.gates,
-        "state": layer.state,
-        "grads": grads,
-        "grad_h0": grad_h0,
-        "grad_c0": grad_c0,
+        "grad_y": walk.grad_y,
+        "grad_hn": walk.grad_hn,
+        "grad_cn": walk.grad_cn,
+        **_recurrent_weights(walk.runs, aligned=not chosen.resident),
+        "h0": walk.h0,
+        "c0": walk.c0,
+        "lengths": walk.lengths,
+        "y": walk.kept.y,
+        "gates": walk.kept.gates,
+        "state": walk.kept.state,
+        "grads": walk.grads,
+        "grad_h0": walk.grad_h0,
+        "grad_c0": walk.grad_c0,
         **_walk(p),
     }
     constants = {**_cell(p), **_products(p), **chosen.constants(tile)}
@@ -436,8 +442,8 @@ def backward_launch(
         constants["HIDDEN"] = p.hidden_size
     else:
         shape = p.batch * p.directions * p.hidden_size
-        carry = torch.empty(shape, dtype=torch.float32, device=grads.device) if p.gates > 1 else None
-        args |= {"grad_out": grad_out, "carry": carry, **_sizes(p)}
+        carry = torch.empty(shape, dtype=torch.float32, device=walk.grads.device) if p.gates > 1 else None
+        args |= {"grad_out": walk.grad_out, "carry": carry, **_sizes(p)}
     return Launch(
         backward_kernels.resident_backward if chosen.resident else backward_kernels.stream_backward,
         _programs(p, tile.rows),

@@ -103,8 +103,10 @@ def launches(step: Step) -> list[Launch]:
         (layer,) = plan.kept(p, y, reserve)
         return [
             plan.input_launch(p, inputs, runs[0], 0, lengths, pre),
-            plan.forward_launch(p, runs, layer, pre, lengths, *given, *states),
-            plan.backward_launch(p, runs, layer, lengths, *given, y, *given, grads, grad_out, *given),
+            plan.forward_launch(p, plan.Walk(runs, layer, pre, lengths, *given, *states)),
+            plan.backward_launch(
+                p, plan.WalkBack(runs, layer, lengths, *given, y, *given, grads, grad_out, *given)
+            ),
             plan.previous_states_launch(p, y, lengths, given[0], torch.empty_like(y)),
             plan.dense_inputs_launch(p, inputs, lengths, empty(tokens, p.input_size)),
         ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from interfuse.kernels.rnn_launches import Walk, WalkBack
     from interfuse.ops._rnn_problem import Four, RnnProblem
 
 LIBRARY = Path(_native.__file__).parent / "libinterfuse_cuda.so"
@@ -220,50 +221,24 @@ class CudaWalks:
         size = team(spec_of(p, _tf32(p)), backward).workspace_bytes
         return Memory(carry, torch.empty(size, dtype=torch.uint8, device=p.device))
 
-    def forward(
-        self,
-        steps: range,
-        memory: Memory,
-        problem: RnnProblem,
-        runs: Any,
-        layer: Any,
-        pre: Tensor,
-        lengths: Tensor | None,
-        *states: Tensor | None,
-    ) -> None:
-        """The states are the layer's h0, c0, hn and cn."""
+    def forward(self, problem: RnnProblem, walk: Walk, steps: range, memory: Memory) -> None:
         from interfuse.kernels.rnn_launches import new_gate_bias, side_by_side
 
-        weights, bias = side_by_side([run.w_hh for run in runs]), new_gate_bias(problem, runs)
-        h0, c0, hn, cn = states
+        w, kept = walk, walk.kept
+        weights, bias = side_by_side([run.w_hh for run in w.runs]), new_gate_bias(problem, w.runs)
         # What inference keeps as state is scratch of the Triton kernels.
-        state = layer.state if problem.save else None
-        arrays = (pre, weights, bias, h0, c0, lengths, layer.y, hn, cn, layer.gates, state, memory.carry)
+        state = kept.state if problem.save else None
+        arrays = (w.pre, weights, bias, w.h0, w.c0, w.lengths, kept.y, w.hn, w.cn, kept.gates, state,
+                  memory.carry)  # fmt: skip
         _launch(problem, steps, ForwardArrays(*map(_address, arrays)), memory)
 
-    def backward(
-        self,
-        steps: range,
-        memory: Memory,
-        problem: RnnProblem,
-        runs: Any,
-        layer: Any,
-        lengths: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        grad_y: Tensor | None,
-        grad_hn: Tensor | None,
-        grad_cn: Tensor | None,
-        grads: Tensor,
-        grad_out: Tensor | None,
-        grad_h0: Tensor | None,
-        grad_c0: Tensor | None,
-    ) -> None:
+    def backward(self, problem: RnnProblem, walk: WalkBack, steps: range, memory: Memory) -> None:
         from interfuse.kernels.rnn_launches import side_by_side
 
+        w, kept = walk, walk.kept
         arrays = (
-            grad_y, grad_hn, grad_cn, side_by_side([run.w_hh for run in runs]), h0, c0, lengths, layer.y,
-            layer.gates, layer.state, grads, grad_h0, grad_c0, memory.carry,
+            w.grad_y, w.grad_hn, w.grad_cn, side_by_side([run.w_hh for run in w.runs]), w.h0, w.c0, w.lengths,
+            kept.y, kept.gates, kept.state, w.grads, w.grad_h0, w.grad_c0, memory.carry,
         )  # fmt: skip
         _launch(problem, steps, BackwardArrays(*map(_address, arrays)), memory)
 
