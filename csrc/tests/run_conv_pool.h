@@ -118,6 +118,19 @@ void run(const Problem& problem, const interfuse_conv_pool_spec& spec, const Run
   compare("y", y_values, truth, allowed);
   CHECK(x.intact() && weight.intact() && bias.intact() && y.intact() && index.intact() && pre.intact());
 
+  // Inference has kernels of its own.
+  interfuse_conv_pool_spec inference = spec;
+  inference.save = 0;
+  interfuse_conv_pool* unsaving = nullptr;
+  CHECK_EQUAL(interfuse_conv_pool_create(&inference, &unsaving), INTERFUSE_OK);
+  Guarded<T> again = buffer(naive.y.count());
+  CHECK_EQUAL(interfuse_conv_pool_forward(unsaving, x.data(), weight.data(), problem.bias ? bias.data() : nullptr,
+                                          again.data(), nullptr, nullptr, how.threads),
+              INTERFUSE_OK);
+  interfuse_conv_pool_destroy(unsaving);
+  compare("y without saving", read(again), truth, allowed);
+  CHECK(again.intact());
+
   const bool saves_preactivation = spec.activation >= INTERFUSE_GELU && spec.activation <= INTERFUSE_SILU;
   // Forward may leave out what no window covers, so backward must not let it count.
   std::vector<bool> covered(static_cast<size_t>(naive.conv.count()), spec.pool == INTERFUSE_POOL_NONE);

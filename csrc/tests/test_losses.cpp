@@ -27,6 +27,7 @@ const Problem kProblems[] = {
     {130, 20, 131, true, false, 0, INTERFUSE_REDUCE_MEAN},
     {530, 10, 5, true, true, 0.5f, INTERFUSE_REDUCE_NONE},
     {530, 1003, 65, true, false, 0, INTERFUSE_REDUCE_SUM},  // enough for matrix units
+    {1050, 1003, 32, true, true, 0, INTERFUSE_REDUCE_MEAN},  // and one pair of their panels
     {0, 4, 3, true, false, 0, INTERFUSE_REDUCE_SUM},
 };
 // clang-format on

@@ -28,6 +28,7 @@ const Problem kProblems[] = {
     {530, 5, true, true, 0.2f, INTERFUSE_REDUCE_NONE},
     {530, 5, true, false, 0.25f, INTERFUSE_REDUCE_MEAN},
     {715, 66, true, true, 0.07f, INTERFUSE_REDUCE_MEAN},  // enough for matrix units
+    {1030, 32, false, true, 0.2f, INTERFUSE_REDUCE_SUM},  // and one pair of their panels
     {0, 4, true, true, 1, INTERFUSE_REDUCE_SUM},
 };
 // clang-format on

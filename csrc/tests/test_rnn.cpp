@@ -33,6 +33,7 @@ const Problem kOthers[] = {
     {"projection", INTERFUSE_LSTM, 4, 7, 9, 24, 5, 2, 2, 1, {7, 3, 0, 6}},
     {"projection, many sequences", INTERFUSE_LSTM, 30, 9, 20, 45, 17, 2, 2, 1, {}},
     {"projection, wide", INTERFUSE_LSTM, 1, 6, 10, 70, 33, 1, 1, 0, {}},
+    {"one pair of matrix panels, deep", INTERFUSE_RNN_TANH, 30, 5, 300, 30, 0, 1, 1, 1, {}},
     {"long", INTERFUSE_GRU, 2, 120, 3, 18, 0, 1, 1, 1, {120, 77}},
     {"three layers, two directions", INTERFUSE_LSTM, 6, 5, 4, 10, 0, 3, 2, 1, {5, 4, 4, 2, 1, 1}},
     {"no steps", INTERFUSE_GRU, 3, 0, 4, 10, 0, 2, 1, 1, {}},
