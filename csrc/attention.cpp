@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/inner.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -17,13 +18,6 @@ constexpr int64_t kLeastKeys = 128;  // of a piece in backward: the block that i
 void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
   if (value < least || value > most)
     invalid("%s: %s is %lld; allowed is %lld to %lld.", op, name, (long long)value, (long long)least, (long long)most);
-}
-
-void check_lengths(const char* op, const char* name, const int64_t* lengths, int64_t batch, int64_t most) {
-  for (int64_t b = 0; lengths && b < batch; ++b)
-    if (lengths[b] < 0 || lengths[b] > most)
-      invalid("%s: %s of batch entry %lld is %lld; allowed is 0 to %lld, the tensor's own length.", op, name, (long long)b,
-              (long long)lengths[b], (long long)most);
 }
 
 AttentionStrides strides(const int64_t (&from)[3]) { return {from[0], from[1], from[2]}; }
@@ -51,7 +45,7 @@ std::vector<AttentionPiece> heaviest_first(std::vector<WeightedPiece>& all) {
 }
 
 // Four pieces a thread keep the ends together; more would pack the keys and values more often.
-std::vector<AttentionPiece> cut_queries(const Attention& p, const interfuse_attention_inputs& in, int64_t tile_rows, int threads) {
+std::vector<AttentionPiece> cut_queries(const Attention& p, const AttentionForward& in, int64_t tile_rows, int threads) {
   const int64_t groups = p.batch * p.kv_heads, cuts = threads == 1 ? 1 : (4 * threads + groups - 1) / groups;
   std::vector<WeightedPiece> all;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -112,6 +106,13 @@ int pool_threads(const AttentionPool& p, int asked) {
 
 }  // namespace
 
+void check_lengths(const char* op, const char* name, const int64_t* lengths, int64_t batch, int64_t most) {
+  for (int64_t b = 0; lengths && b < batch; ++b)
+    if (lengths[b] < 0 || lengths[b] > most)
+      invalid("%s: %s of batch entry %lld is %lld; allowed is 0 to %lld, the tensor's own length.", op, name, (long long)b,
+              (long long)lengths[b], (long long)most);
+}
+
 Attention checked_attention(const interfuse_attention_spec& s) {
   check_range("attention", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
   check_range("attention", "mask", s.mask, INTERFUSE_MASK_NONE, INTERFUSE_MASK_ADDITIVE);
@@ -128,6 +129,13 @@ Attention checked_attention(const interfuse_attention_spec& s) {
   return {s.dtype == INTERFUSE_BFLOAT16, s.causal != 0, s.mask, s.scale, s.batch, s.heads, s.kv_heads, s.queries, s.keys,
           s.head_dim, s.value_dim, strides(s.q_strides), strides(s.k_strides), strides(s.v_strides), strides(s.y_strides),
           strides(s.mask_strides), strides(s.grad_q_strides), strides(s.grad_k_strides), strides(s.grad_v_strides)};
+}
+
+void run_attention(const Attention& p, const AttentionForward& call, int threads) {
+  const AttentionKernels* kernels = INTERFUSE_PICK(attention_kernels);
+  const std::vector<AttentionPiece> pieces = cut_queries(p, call, kernels->tile_rows(p), threads);
+  AttentionWork work = work_of(pieces, threads);
+  kernels->forward(p, call, work);
 }
 
 }  // namespace interfuse
@@ -156,11 +164,8 @@ interfuse_status interfuse_attention_forward(const interfuse_attention_spec* spe
     if (p.batch == 0 || p.queries == 0) return;
     check_inputs(p, inputs);
     if (!y) invalid("attention: y is a null pointer; pass memory for (batch, heads, queries, value_dim).");
-    const AttentionKernels* kernels = INTERFUSE_PICK(attention_kernels);
-    const int most = usable_threads(threads);
-    const std::vector<AttentionPiece> pieces = cut_queries(p, *inputs, kernels->tile_rows(p), most);
-    AttentionWork work = work_of(pieces, most);
-    kernels->forward(p, {inputs->q, inputs->k, inputs->v, inputs->mask, inputs->q_lengths, inputs->kv_lengths, y, lse, weights}, work);
+    run_attention(p, {inputs->q, inputs->k, inputs->v, inputs->mask, inputs->q_lengths, inputs->kv_lengths, y, lse, weights},
+                  usable_threads(threads));
   });
 }
 

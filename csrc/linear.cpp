@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/inner.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -90,6 +91,13 @@ void forward(const interfuse_linear& plan, const void* const* inputs, const inte
 }
 
 }  // namespace
+
+void run_linear(const interfuse_linear& plan, int64_t rows, const void* input, const interfuse_linear_weights& weights, void* y,
+                int threads) {
+  Linear p = plan.problem;
+  p.rows = rows;
+  plan.kernels->forward(p, {&input, weights, y, nullptr, threads});
+}
 }  // namespace interfuse
 
 using interfuse::invalid;

@@ -1,4 +1,5 @@
 #include "bind/bind.h"
+#include "common/attention_block.h"
 
 namespace interfuse {
 namespace bind {
@@ -95,6 +96,104 @@ void attention_pool_backward(const std::string& dtype, const std::array<int64_t,
   raise(status);
 }
 
+class AttentionBlockDesc {
+ public:
+  // batch, heads, kv_heads, queries, keys, head_dim, query_dim, context_dim, out_dim
+  using BlockSizes = std::array<int64_t, 9>;
+  AttentionBlockDesc(const std::string& mask, bool causal, double scale, const BlockSizes& sizes, int64_t query_row,
+                     int64_t context_row, const std::array<int64_t, 3>& mask_strides) {
+    const interfuse_attention_block_spec spec{
+        one_of("attention_block", "mask", mask, {"none", "boolean", "additive"}), causal, static_cast<float>(scale), sizes[0],
+        sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], query_row, context_row,
+        {mask_strides[0], mask_strides[1], mask_strides[2]}};
+    raise(interfuse_attention_block_create(&spec, &plan_));
+  }
+  ~AttentionBlockDesc() { interfuse_attention_block_destroy(plan_); }
+  AttentionBlockDesc(const AttentionBlockDesc&) = delete;
+  AttentionBlockDesc& operator=(const AttentionBlockDesc&) = delete;
+  const interfuse_attention_block* plan() const { return plan_; }
+
+ private:
+  interfuse_attention_block* plan_ = nullptr;
+};
+
+using BlockAddresses = std::array<uintptr_t, 12>;  // in the order of interfuse_attention_block_tensors
+
+interfuse_attention_block_tensors block_tensors(const BlockAddresses& a) {
+  return {at<const float>(a[0]), at<const float>(a[1]), at<const void>(a[2]), at<const int64_t>(a[3]),
+          at<const float>(a[4]), at<const float>(a[5]), at<const float>(a[6]), at<const float>(a[7]),
+          at<const float>(a[8]), at<const float>(a[9]), at<const float>(a[10]), at<const float>(a[11])};
+}
+
+void attention_block_forward(const AttentionBlockDesc& desc, const BlockAddresses& tensors, uintptr_t y, int threads) {
+  const interfuse_attention_block_tensors from = block_tensors(tensors);
+  interfuse_status status;
+  {
+    py::gil_scoped_release release;
+    status = interfuse_attention_block_forward(desc.plan(), &from, at<float>(y), threads);
+  }
+  raise(status);
+}
+
+// One call of a block as it was made once; see ConvPoolCall. `places` says for each address of the block which of the
+// tensors it lies in (-1: none) and how many floats from its start. The first tensor is the query.
+class AttentionBlockCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 2;
+  static constexpr const char* kDoc = "run takes tensors and threads";
+  using Places = std::array<std::pair<int, int64_t>, 12>;
+
+  AttentionBlockCall(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types, const py::object& desc,
+                     const py::tuple& tensors, const Places& places, const py::tuple& size, const py::tuple& strides)
+      : like_(exchange, watchers, types), desc_(desc), plan_(desc.cast<const AttentionBlockDesc&>().plan()), places_(places),
+        size_(size), strides_(strides) {
+    for (const py::handle& t : tensors) tensors_.push_back(like_.describe(py::reinterpret_borrow<py::object>(t)));
+    for (const auto& place : places)
+      if (place.first >= static_cast<int>(tensors_.size()))
+        throw py::value_error("attention_block: a place is in tensor " + std::to_string(place.first) + "; the call has " +
+                              std::to_string(tensors_.size()) + " tensors.");
+  }
+
+  PyObject* run(PyObject* const* args, int threads) const {
+    if (const int watched = like_.watched()) return watched < 0 ? nullptr : Py_NewRef(Py_None);
+    if (!PyTuple_CheckExact(args[0]) || PyTuple_GET_SIZE(args[0]) != static_cast<Py_ssize_t>(tensors_.size())) Py_RETURN_NONE;
+    std::vector<void*> data(tensors_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const int fits = like_.address(PyTuple_GET_ITEM(args[0], static_cast<Py_ssize_t>(i)), tensors_[i], &data[i]);
+      if (fits != 1) return fits < 0 ? nullptr : Py_NewRef(Py_None);
+    }
+    BlockAddresses addresses{};
+    for (size_t i = 0; i < places_.size(); ++i) {
+      const auto [tensor, offset] = places_[i];
+      if (tensor >= 0 && data[static_cast<size_t>(tensor)])
+        addresses[i] = reinterpret_cast<uintptr_t>(static_cast<float*>(data[static_cast<size_t>(tensor)]) + offset);
+    }
+    const interfuse_attention_block_tensors from = block_tensors(addresses);
+    void* to;
+    py::object y = like_.make(PyTuple_GET_ITEM(args[0], 0), size_, strides_, &to);
+    if (!y) return nullptr;
+    interfuse_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = interfuse_attention_block_forward(plan_, &from, static_cast<float*>(to), threads);
+    Py_END_ALLOW_THREADS;
+    return succeeded(status) ? y.release().ptr() : nullptr;
+  }
+
+ private:
+  Likeness like_;
+  py::object desc_;
+  const interfuse_attention_block* plan_;
+  Places places_;
+  py::tuple size_, strides_;
+  std::vector<Likeness::Tensor> tensors_;
+};
+
+py::object attention_block_call(const py::capsule& exchange, const py::tuple& watchers, const py::tuple& types,
+                                const py::object& desc, const py::tuple& tensors, const AttentionBlockCall::Places& places,
+                                const py::tuple& size, const py::tuple& strides) {
+  return callable_of(std::make_unique<AttentionBlockCall>(exchange, watchers, types, desc, tensors, places, size, strides));
+}
+
 }  // namespace
 
 void attention(py::module_& m) {
@@ -117,6 +216,15 @@ void attention(py::module_& m) {
   m.def("attention_pool_backward", &attention_pool_backward, py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
         py::arg("x"), py::arg("hidden"), py::arg("context"), py::arg("lengths"), py::arg("grad_y"), py::arg("grad_weights"),
         py::arg("grad_x"), py::arg("grad_hidden"), py::arg("grad_context"), py::arg("threads"));
+  py::class_<AttentionBlockDesc>(m, "AttentionBlockDesc")
+      .def(py::init<const std::string&, bool, double, const AttentionBlockDesc::BlockSizes&, int64_t, int64_t,
+                    const std::array<int64_t, 3>&>(),
+           py::arg("mask"), py::arg("causal"), py::arg("scale"), py::arg("sizes"), py::arg("query_row"), py::arg("context_row"),
+           py::arg("mask_strides"));
+  m.def("attention_block_forward", &attention_block_forward, py::arg("desc"), py::arg("tensors"), py::arg("y"),
+        py::arg("threads"));
+  m.def("attention_block_call", &attention_block_call, py::arg("exchange"), py::arg("watchers"), py::arg("types"),
+        py::arg("desc"), py::arg("tensors"), py::arg("places"), py::arg("size"), py::arg("strides"));
 }
 
 }  // namespace bind

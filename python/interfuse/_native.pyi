@@ -263,6 +263,39 @@ def attention_backward(
     threads: int,
 ) -> None: ...
 
+class AttentionBlockDesc:
+    # A checked block: projections, attention and the output's projection, in float32 for inference.
+    # sizes: batch, heads, kv_heads, queries, keys, head_dim, query_dim, context_dim, out_dim.
+    def __init__(
+        self,
+        mask: str,
+        causal: bool,
+        scale: float,
+        sizes: Sequence[int],
+        query_row: int,
+        context_row: int,
+        mask_strides: _Strides,
+    ) -> None: ...
+
+# tensors: addresses of query, context, mask, kv_lengths, the weights of q, k, v and the output, and their
+# biases; 0 for a mask, lengths or a bias that is none.
+def attention_block_forward(
+    desc: AttentionBlockDesc, tensors: Sequence[int], y: int, threads: int
+) -> None: ...
+
+# The call made again for tensors like the given ones, None for others: run(tensors, threads). places: for
+# each of the addresses above (number of the tensor, floats from its start), -1 for none.
+def attention_block_call(
+    exchange: Any,
+    watchers: tuple[Callable[[], Any], ...],
+    types: tuple[type, type],
+    desc: AttentionBlockDesc,
+    tensors: tuple[Any, ...],
+    places: Sequence[tuple[int, int]],
+    size: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Callable[[Any, int], Any]: ...
+
 # sizes: batch, steps, width, hidden; strides: x's of (batch, step), then hidden's.
 def attention_pool_forward(
     dtype: str,

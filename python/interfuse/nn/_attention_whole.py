@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interfuse import memory
+from interfuse.nn import _attention_block
+from interfuse.nn._attention_block import Block, Heads, packed_places
 from interfuse.nn._attention_products import Gradients, gradients, project
 from interfuse.ops import _attention_native as native
 from interfuse.ops._attention_checks import Inputs, op_problem
@@ -54,6 +56,19 @@ class Tensors(NamedTuple):
     lengths: Tensor | None  # of the context
 
 
+def _shaped_as_usual(tensors: Tensors) -> bool:
+    """Whoever put another weight in a module's place hears of it from torch's products."""
+    query, context, in_proj, in_bias, out_proj, out_bias = tensors[:6]
+    width, outputs = query.shape[-1], out_proj.shape[0]
+    return (
+        context.shape[-1] == width
+        and in_proj.shape == (3 * width, width)
+        and out_proj.shape == (outputs, width)
+        and (in_bias is None or in_bias.shape == (3 * width,))
+        and (out_bias is None or out_bias.shape == (outputs,))
+    )
+
+
 def fits(tensors: Tensors) -> bool:
     """Whether the call is one that this file makes; the op and torch's products make all others."""
     if torch.compiler.is_compiling() or not is_plain_eager():
@@ -66,14 +81,40 @@ def fits(tensors: Tensors) -> bool:
     mask = tensors.mask
     if mask is not None and (type(mask) is not Tensor or (mask.requires_grad and torch.is_grad_enabled())):
         return False
-    return tensors.query.numel() > 0 and tensors.context.numel() > 0
+    return tensors.query.numel() > 0 and tensors.context.numel() > 0 and _shaped_as_usual(tensors)
 
 
 def run(tensors: Tensors, setting: Setting) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:6]):
         found: Tensor = _Whole.apply(setting, *tensors)  # type: ignore[no-untyped-call]
         return found
-    return _forward(tensors, setting, save=False)[0]
+    output = _by_block(tensors, setting)
+    return _forward(tensors, setting, save=False)[0] if output is None else output
+
+
+def _known_as(in_proj: Tensor, heads: int) -> tuple[object, ...]:
+    return id(in_proj), heads
+
+
+def _by_block(tensors: Tensors, setting: Setting) -> Tensor | None:
+    """The output by one call of the core, or None where the products are to be made one by one."""
+    if not setting.batch_first:
+        return None
+    query, context, in_proj, in_bias, out_proj, out_bias, mask, lengths = tensors
+    width, plain = query.shape[-1], mask is None and lengths is None and not setting.causal
+    places = packed_places(width, in_bias is not None)
+    parameters = in_proj, in_bias, out_proj, out_bias
+    block = Block(query, context, parameters, places, out_proj.shape[0], mask, lengths)
+    heads = Heads(setting.heads, setting.heads, width // setting.heads, setting.causal)
+    return _attention_block.run(block, heads, _known_as(in_proj, setting.heads) if plain else None)
+
+
+def again(query: Tensor, context: Tensor, parameters: Sequence[Any], heads: int) -> Tensor | None:
+    """The output of a plain inference call like a recent one, batch first; else None. parameters: in_proj,
+    in_bias, out_proj, out_bias."""
+    if torch.compiler.is_compiling() or parameters[0] is None:
+        return None
+    return _attention_block.again(query, context, parameters, _known_as(parameters[0], heads))
 
 
 class _Kept(threading.local):

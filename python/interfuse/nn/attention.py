@@ -168,6 +168,14 @@ def multihead_forward(
             is_causal,
         )
     weights = weights_of(module) if weights is None else weights
+    plain = key_padding_mask is None and attn_mask is None and not need_weights and not is_causal
+    extended = weights.bias_k is not None or module.add_zero_attn
+    drops = module.training and module.dropout
+    if plain and value is key and module.batch_first and not extended and not drops:
+        packed = weights.in_proj, weights.in_bias, weights.out_proj, weights.out_bias
+        found = _attention_whole.again(query, key, packed, module.num_heads)
+        if found is not None:
+            return found, None
     batched = query.dim() == 3
     same_key, same_value = key is query, value is key
     wrong = what_is_wrong(module, query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -182,7 +190,6 @@ def multihead_forward(
     causal = is_causal and key_padding_mask is None and not need_weights
     if causal:
         attn_mask = None
-    extended = weights.bias_k is not None or module.add_zero_attn
     lengths = None if extended else _as_lengths(key_padding_mask)
     if lengths is not None:
         key_padding_mask = None
@@ -192,7 +199,7 @@ def multihead_forward(
         )
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask[:, None, None, :]
-    if same_value and not extended and not need_weights and not (module.training and module.dropout):
+    if same_value and not extended and not need_weights and not drops:
         whole = _whole_call(weights, query, key, attn_mask, key_padding_mask, lengths)
         if whole is not None and _attention_whole.fits(whole):
             setting = _attention_whole.Setting(heads, module.batch_first, causal)

@@ -36,18 +36,21 @@ def _rows(t: Tensor) -> Tensor:
 
 def _mask_rows(problem: AttentionProblem, mask: Tensor | None) -> Tensor | None:
     """The mask as (batch, heads, queries, keys), dense along the keys; else strides of zero repeat it."""
-    if mask is None:
-        return None
-    if mask.dim() == 0 or mask.shape[-1] != problem.keys:
-        mask = mask.expand(*mask.shape[:-1], problem.keys)
-    return _rows(mask).expand(problem.weights_shape)
+    return None if mask is None else dense_rows(mask, problem.keys).expand(problem.weights_shape)
+
+
+def dense_rows(mask: Tensor, keys: int) -> Tensor:
+    """The mask with all its keys, dense along them."""
+    if mask.dim() == 0 or mask.shape[-1] != keys:
+        mask = mask.expand(*mask.shape[:-1], keys)
+    return _rows(mask)
 
 
 def _int64(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to("cpu", torch.int64).contiguous()
 
 
-def _strides(t: Tensor | None) -> _Strides:
+def outer_strides(t: Tensor | None) -> _Strides:
     return (0, 0, 0) if t is None else t.stride()[:3]  # type: ignore[return-value]
 
 
@@ -60,7 +63,7 @@ def _desc(problem: AttentionProblem, *tensors: Tensor | None) -> _native.Attenti
     found = _descs.get(key)
     if found is not None:
         return found
-    q, k, v, y, mask, grad_q, grad_k, grad_v = (_strides(t) for t in tensors)
+    q, k, v, y, mask, grad_q, grad_k, grad_v = (outer_strides(t) for t in tensors)
     p = problem
     desc = _native.AttentionDesc(
         dtype=DTYPE_NAMES[p.dtype],
