@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -105,6 +105,16 @@ def used(launch: Launch, architecture: int) -> dict[str, int]:
     blocks = ("ROWS", "COLS", "UNITS", "DEPTH")
     tile = {name.lower(): launch.constants[name] for name in blocks if name in launch.constants}
     return {**tile, "warps": launch.warps, "stages": launch.stages, **resources(launch, architecture)}
+
+
+def rows_of(steps: Iterable[Any]) -> dict[str, tuple[Any, str, int]]:
+    """{name: (step, kernel, architecture)} of every kernel that a step names, on every architecture."""
+    return {
+        f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
+        for step in steps
+        for kernel in step.kernels
+        for architecture in ARCHITECTURES
+    }
 
 
 def compile_all(

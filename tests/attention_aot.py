@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from aot import ARCHITECTURES, RECORDS, compile_all, used, write_record
+from aot import RECORDS, compile_all, rows_of, used, write_record
 from interfuse.kernels import attention as kernels
 from interfuse.kernels import attention_launches as plan
 from interfuse.kernels import attention_pool as pooling
@@ -74,12 +74,7 @@ STEPS = (
     Step(256, SINGLE),
     Step(20, SINGLE, value_dim=1, queries=1, kernels=(*MATRIX, "row_sums", *POOLING)),
 )
-ROWS = {
-    f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
-    for step in STEPS
-    for kernel in step.kernels
-    for architecture in ARCHITECTURES
-}
+ROWS = rows_of(STEPS)
 
 
 def launches(step: Step) -> list[Launch]:

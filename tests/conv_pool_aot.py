@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from aot import ARCHITECTURES, RECORDS, compile_all, used, write_record
+from aot import RECORDS, compile_all, rows_of, used, write_record
 from interfuse.cases.conv_pool import CASES
 from interfuse.kernels import conv_pool_launches as plan
 
@@ -50,12 +50,7 @@ STEPS = (
     Step("third-54-gelu", torch.float32, "ieee", True, ("forward", "spread_gradient")),
     Step("third-54-avg", torch.bfloat16, "ieee", True, ("forward", "spread_gradient")),
 )
-ROWS = {
-    f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
-    for step in STEPS
-    for kernel in step.kernels
-    for architecture in ARCHITECTURES
-}
+ROWS = rows_of(STEPS)
 
 
 def launches(step: Step) -> list[Launch]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from aot import ARCHITECTURES, RECORDS, compile_all, used, write_record
+from aot import RECORDS, compile_all, rows_of, used, write_record
 from interfuse.cases.linear import CASES
 from interfuse.kernels import linear_launches as plan
 
@@ -45,12 +45,7 @@ STEPS = (
     Step("head-b32", torch.float32, "ieee", "relu", MATRIX),
     Step("three-b16", torch.float16, "ieee", "softmax", ("forward", "softmax", "softmax_gradient")),
 )
-ROWS = {
-    f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
-    for step in STEPS
-    for kernel in step.kernels
-    for architecture in ARCHITECTURES
-}
+ROWS = rows_of(STEPS)
 
 
 def launches(step: Step) -> list[Launch]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from aot import ARCHITECTURES, RECORDS, SHARED, compile_all, used, write_record
+from aot import RECORDS, SHARED, compile_all, rows_of, used, write_record
 from interfuse.kernels import rnn as kernels
 from interfuse.kernels import rnn_launches as plan
 
@@ -68,12 +68,7 @@ STEPS = (
     Step("lstm", 128, BRAIN, directions=2, plain=True),
     Step("gru", 1, SINGLE, batch=1, plain=True, kernels=("input_gates", *WALKS, *COPIES)),
 )
-ROWS = {
-    f"{kernel} | {step} | sm_{architecture}": (step, kernel, architecture)
-    for step in STEPS
-    for kernel in step.kernels
-    for architecture in ARCHITECTURES
-}
+ROWS = rows_of(STEPS)
 
 
 def launches(step: Step) -> list[Launch]:

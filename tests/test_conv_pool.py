@@ -73,7 +73,7 @@ def test_highest_is_as_exact_as_torch(case: Case) -> None:
     torchs = tolerance.error(oracle.conv_pool(x, weight, bias, **case.arguments), expected)
     with interfuse.precision("highest"):
         ours = tolerance.error(conv_pool(x, weight, bias, **case.arguments), expected)
-    assert ours <= tolerance.TIMES_TORCH * max(torchs, 2.0**-24)
+    assert ours <= tolerance.beside_torch(torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=short)

@@ -118,7 +118,9 @@ def test_the_settings_of_the_build_are_those_of_cmake() -> None:
     text = (ROOT / "docs/embedding.md").read_text(encoding="utf-8")
     sources = [ROOT / "CMakeLists.txt", *sorted((ROOT / "cmake").glob("*.cmake"))]
     known = "".join(path.read_text(encoding="utf-8") for path in sources)
-    for option in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
+    options = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert options
+    for option in options:
         assert re.search(rf"\b{option}\b", known), option
     (snippet,) = re.findall(r"```cmake\n(.*?)```", text, re.DOTALL)
     example = (ROOT / "examples/embed/CMakeLists.txt").read_text(encoding="utf-8")

@@ -60,8 +60,7 @@ def test_error_is_at_most_twice_torchs(case: Case) -> None:
         results = oracle.with_gradients(run(case, training), training)
         errors.append([tolerance.error(a, b) for a, b in zip(results, truth, strict=True)])
     for ours, torchs in zip(*errors, strict=True):
-        # Below an ulp or so of its own values, torch's error is luck.
-        assert ours <= tolerance.TIMES_TORCH * max(torchs, 2.0**-23)
+        assert ours <= tolerance.beside_torch(torchs, least=2.0**-23)
 
 
 def test_logits_far_apart() -> None:

@@ -129,8 +129,9 @@ def test_fewer_modalities_are_no_use(names: tuple[str, ...], make: Callable[[], 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_modality_of_two_is_no_use(name: str) -> None:
-    first, second = image_text() if name in ("image", "text") else video_audio()
-    settings = {} if name in ("image", "text") else {"batch": 16}
+    of_image_text = name in ("image", "text")
+    first, second = image_text() if of_image_text else video_audio()
+    settings = {} if of_image_text else {"batch": 16}
     assert learn(ALONE[name], (first.only(name), second.only(name)), **settings)[1] <= CHANCE
 
 

@@ -12,16 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import interfuse
-from interfuse.rewrite import attention
 
 BOUND = tolerance.FLOAT32_ATTENTION_GRADIENT
 
 
-@pytest.fixture(autouse=True)
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At these sizes too, at which torch's own module is as fast."""
-    monkeypatch.setattr(attention, "rather_not", lambda seen: None)
-    monkeypatch.setattr(attention, "LEAST_SCORES", 0)
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 class Reader(nn.Module):

@@ -89,56 +89,49 @@ def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
 def test_a_resumed_training_is_the_same_bit_by_bit(
     tmp_path: pathlib.Path, regime: str, every: int | None
 ) -> None:
-    def run(path: pathlib.Path, stop_after: int | None) -> tuple[Tensor, train.History]:
-        """Interrupted at step `stop_after`, if that is a number, and started again."""
-        seen.clear()
+    def noisy(model: nn.Module, part: data.Samples) -> Tensor:
+        """With numbers of Python's and NumPy's, as augmentations draw them."""
+        scale = 1.0 + 0.1 * random.random() + 0.1 * float(np.random.rand())  # noqa: NPY002
+        return train.cross_entropy(model, part) * scale
 
-        def noisy(model: nn.Module, part: data.Samples) -> Tensor:
-            """With numbers of Python's and NumPy's, as augmentations draw them."""
-            scale = 1.0 + 0.1 * random.random() + 0.1 * float(np.random.rand())  # noqa: NPY002
-            return train.cross_entropy(model, part) * scale
+    def fit(model: nn.Module, path: pathlib.Path, loss: Any = noisy) -> train.History:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        return train.fit(
+            model, samples(), samples(30, 1), epochs=8, batch=16, optimizer=optimizer, scheduler=schedule,
+            loss=loss, checkpoint=path, checkpoint_steps=every, regime=regime, patience=3)  # fmt: skip
+
+    def run(path: pathlib.Path, stop_at: int | None) -> tuple[Tensor, train.History, int]:
+        """Interrupted at step `stop_at`, if that is a number, and started again; with the steps since."""
+        steps = 0
 
         def loss(model: nn.Module, part: data.Samples) -> Tensor:
-            if model.training:
-                seen.append(len(part))
-            if len(seen) == stop_after:
+            nonlocal steps
+            steps += model.training
+            if steps == stop_at:
                 raise KeyboardInterrupt
             return noisy(model, part)
 
-        def start(loss: Any) -> tuple[Tensor, train.History]:
-            model = net()
-            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-            history = train.fit(
-                model, samples(), samples(30, 1), epochs=8, batch=16, optimizer=optimizer, scheduler=schedule,
-                loss=loss, checkpoint=path, checkpoint_steps=every, regime=regime, patience=3)  # fmt: skip
-            return weights(model), history
-
-        if stop_after is not None:
+        for seed in (random.seed, np.random.seed):
+            seed(1)
+        if stop_at is not None:
             with pytest.raises(KeyboardInterrupt):
-                start(loss)
-            seen.clear()
+                fit(net(), path, loss)
             for seed in (torch.manual_seed, random.seed, np.random.seed):
                 seed(99)  # another process has other random states
-        stop_after = None
-        return start(loss)
+            steps, stop_at = 0, None
+        model = net()
+        history = fit(model, path, loss)
+        return weights(model), history, steps
 
-    seen: list[int] = []
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    whole, history = run(tmp_path / "whole.pt", None)
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    resumed, again = run(tmp_path / "resumed.pt", 24)  # 4 steps an epoch: within the sixth
-    steps = 4 * len(history.epochs)
-    assert len(seen) == steps - {None: 20, 1: 23, 3: 23}[every]  # none was done twice that need not be
+    whole, history, all_steps = run(tmp_path / "whole.pt", None)
+    assert all_steps == 4 * len(history.epochs)
+    resumed, again, steps = run(tmp_path / "resumed.pt", 24)  # within the sixth epoch
+    assert steps == all_steps - {None: 20, 1: 23, 3: 23}[every]  # none was done twice that need not be
     assert torch.equal(whole, resumed)
     assert history == again
     model = net()
-    done = train.fit(model, samples(), samples(30, 1), epochs=8, batch=16, checkpoint=tmp_path / "whole.pt",
-                     optimizer=(o := torch.optim.AdamW(model.parameters(), 0.01)), regime=regime, patience=3,
-                     scheduler=torch.optim.lr_scheduler.StepLR(o, 2, 0.5))  # fmt: skip
-    assert done == history  # nothing was left to do
+    assert fit(model, tmp_path / "whole.pt") == history  # nothing was left to do
     assert torch.equal(weights(model), whole)
 
 

@@ -34,7 +34,7 @@ BFLOAT16_GRADIENT = 3 * 2.0**-8
 FLOAT16 = 4 * 2.0**-11
 FLOAT64 = 1e-13
 
-# Our error at "highest" is at most this many times torch's own, as long as torch's is above its own rounding.
+# Our error at "highest" is at most this many times torch's own.
 TIMES_TORCH = 2.0
 
 # Whole models of a dozen layers in float32: each layer's bound, added up. Gradients pass them twice, and
@@ -57,6 +57,11 @@ def error(ours: Tensor, truth: Tensor) -> float:
     ours, truth = ours[~special], truth[~special]
     difference, size = (ours - truth).norm(), truth.norm()
     return float(difference / size) if size > 0 else float("inf") if difference > 0 else 0.0
+
+
+def beside_torch(torchs: float, least: float = 2.0**-24) -> float:
+    """The bound on our error where torch's own is this; below a unit in the last place its error is luck."""
+    return TIMES_TORCH * max(torchs, least)
 
 
 def output(dtype: torch.dtype, precision: str = "default") -> float:
