@@ -19,18 +19,22 @@ constexpr int64_t kRowsConverted = 384;
 template <int Columns, class W>
 INTERFUSE_INLINE void dot_rows(const LinearPiece* piece, const LinearPiece* end, const InputRows* inputs, Range rows,
                                const W* weight, const W* ahead, int64_t depth, float* to, int64_t outputs, bool add) {
+  const int64_t tiles = (rows.end - rows.begin + kDotRows - 1) / kDotRows;
+  int64_t turn = 0;
   const auto tile = [&](auto count, int64_t row) __attribute__((always_inline)) {
-    // Tile number i brings row i of the weight's next rows.
-    const int64_t turn = (row - rows.begin) / kDotRows;
-    const W* const next = ahead + (turn < kDotColumns ? turn : 0) * depth + piece->column;
-    dot_tile<decltype(count)::value, Columns, false>(piece, end, inputs, row, weight, depth, reinterpret_cast<const char*>(next),
-                                              to + row * outputs, outputs, add);
+    // Tile number i brings row i of the weight's next rows and, where there are fewer tiles than rows, every further one.
+    Ahead next{reinterpret_cast<const char*>(ahead + (turn < kDotColumns ? turn : 0) * depth + piece->column), {}};
+    for (int64_t i = 0; i < 3; ++i)
+      if (const int64_t further = (i + 1) * tiles; turn + further < kDotColumns) next.rows[i] = further * depth * sizeof(W);
+    dot_tile<decltype(count)::value, Columns, false>(piece, end, inputs, row, weight, depth, next, to + row * outputs, outputs, add);
+    ++turn;
     return row + decltype(count)::value;
   };
   int64_t row = rows.begin;
-  while (row + kDotRows <= rows.end) row = tile(Count<kDotRows>{}, row);
+  // Eight rows as four and four: tiles of equal size bring the weight at an even pace.
+  while (row + kDotRows <= rows.end && (kDotRows < 5 || rows.end - row != 8)) row = tile(Count<kDotRows>{}, row);
   if constexpr (kDotRows > 4)
-    if (row + 4 <= rows.end) row = tile(Count<4>{}, row);
+    while (row + 4 <= rows.end) row = tile(Count<4>{}, row);
   if constexpr (kDotRows > 2)
     if (row + 2 <= rows.end) row = tile(Count<2>{}, row);
   if (row < rows.end) tile(Count<1>{}, row);
@@ -46,7 +50,7 @@ void few_rows(const Linear& p, const InputRows* inputs, const W* weight, int64_t
   const auto blocks = [&](auto columns, int64_t n) __attribute__((always_inline)) {
     for (int64_t b = 0; b < p.blocks; ++b)
       dot_tile<RowCount, decltype(columns)::value, true>(p.pieces + (b ? p.block_ends[b - 1] : 0), p.pieces + p.block_ends[b],
-                                                         inputs, row, weight + n * p.depth, p.depth, nullptr,
+                                                         inputs, row, weight + n * p.depth, p.depth, Ahead{},
                                                          y + row * p.outputs + n, p.outputs, b > 0);
   };
   int64_t n = outputs.begin;

@@ -71,12 +71,17 @@ struct InputRows {
 // each page of 4 KiB.
 constexpr int64_t kFetchedAhead = 4096;
 
-// to(r, c) = or += the dot product of row `row` + r with row c of the weight, over the pieces of one block. ahead: what
-// of the weight is read later on, brought towards the core meanwhile; any address will do. Streams: what these rows of
-// the weight come to themselves is brought instead.
+// What of the weight is read later on, brought towards the core meanwhile: lines of four rows, which may be the same.
+struct Ahead {
+  const char* at;
+  int64_t rows[3];  // how far behind it the others lie, in bytes
+};
+
+// to(r, c) = or += the dot product of row `row` + r with row c of the weight, over the pieces of one block. Streams: what
+// these rows of the weight come to themselves is brought, and nothing ahead.
 template <int RowCount, int Columns, bool Streams, class W>
 INTERFUSE_INLINE void dot_tile(const LinearPiece* pieces, const LinearPiece* end, const InputRows* inputs, int64_t row,
-                               const W* weight, int64_t depth, const char* ahead, float* to, int64_t to_row, bool add) {
+                               const W* weight, int64_t depth, Ahead ahead, float* to, int64_t to_row, bool add) {
   Vec sums[RowCount][Columns];
   unrolled<RowCount>([&](int r) __attribute__((always_inline)) {
     unrolled<Columns>([&](int c) __attribute__((always_inline)) { sums[r][c] = zero(); });
@@ -101,8 +106,9 @@ INTERFUSE_INLINE void dot_tile(const LinearPiece* pieces, const LinearPiece* end
       step([](auto* p) __attribute__((always_inline)) { return load(p); });
       x += kLanes, w += kLanes;
       if constexpr (!Streams) {
-        __builtin_prefetch(ahead);
-        ahead += kLanes * sizeof(W);
+        __builtin_prefetch(ahead.at);
+        for (int64_t row : ahead.rows) __builtin_prefetch(ahead.at + row);
+        ahead.at += kLanes * sizeof(W);
       }
     }
     if (left) step([&](auto* p) __attribute__((always_inline)) { return load_first(p, static_cast<int>(left)); });
