@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
-    "csrc/cpu/{op}*.cpp",
+    "csrc/cpu/{op}.cpp",
     "kernels/{op}.py",
     "python/interfuse/ops/{op}.py",
     "python/interfuse/reference/{op}.py",

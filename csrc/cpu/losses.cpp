@@ -57,7 +57,7 @@ class Kernel {
     make_room();
     double total = 0;
     for (int64_t first = 0; first < spec_.rows; first += chunk_rows_) {
-      chunk_.start(first, smaller(chunk_rows_, spec_.rows - first));
+      chunk_.start(first, least(chunk_rows_, spec_.rows - first));
       const T* const rows = input_ + first * spec_.input_row_stride;
       parallel(threads_, [&](int thread, int team) {
         pack(chunk_, rows, spec_.input_row_stride, true, call_.grads.weight != nullptr, thread, team);
@@ -80,11 +80,11 @@ class Kernel {
 
   void make_room() {
     const int64_t most = keeps_logits() ? kChunkFloats / classes_ / kPanel * kPanel - kLanes : kMostRows;
-    chunk_rows_ = rows_of_chunk(spec_.rows, smaller(kMostRows, most < kLeastRows ? kLeastRows : most / kPanel * kPanel));
-    const int64_t stride = stride_of(smaller(chunk_rows_, spec_.rows));
+    chunk_rows_ = rows_of_chunk(spec_.rows, least(kMostRows, most < kLeastRows ? kLeastRows : most / kPanel * kPanel));
+    const int64_t stride = stride_of(least(chunk_rows_, spec_.rows));
 
     chunk_.depth = depth_;
-    chunk_.make_room(smaller(chunk_rows_, spec_.rows));
+    chunk_.make_room(least(chunk_rows_, spec_.rows));
     shared_.logits = keeps_logits() ? scratch_floats(Slot::products, classes_ * stride) : nullptr;
     float* room = scratch_floats(Slot::rows, (blocks_ + 3 * threads_ + 5) * stride);
     shared_.tops = room, room += blocks_ * stride;
@@ -128,7 +128,7 @@ class Kernel {
     const Range mine = share(blocks_, thread, team);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t begin = b * block_;
-      body(b, begin, smaller(block_, classes_ - begin), shared_.logits ? shared_.logits + begin * chunk_.stride : room);
+      body(b, begin, least(block_, classes_ - begin), shared_.logits ? shared_.logits + begin * chunk_.stride : room);
     }
   }
 
