@@ -37,6 +37,9 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef float VecAnywhere __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));  // also the type of a comparison of two Vec
 
+INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INTERFUSE_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
 INTERFUSE_INLINE Vec zero() { return Vec{}; }
 // Subtracting zero is the one arithmetic identity that holds for every float, so this folds to a broadcast.
 INTERFUSE_INLINE Vec splat(float value) { return value - Vec{}; }
@@ -140,6 +143,13 @@ INTERFUSE_INLINE Vec load_first(const uint16_t* p, int n) {
   memcpy(lanes, p, static_cast<size_t>(n) * 2);
   return load(lanes);
 }
+
+// What there is of kLanes numbers when `n` are left, perhaps none; the other lanes are zero.
+template <class T>
+INTERFUSE_INLINE Vec load_some(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, n > 0 ? static_cast<int>(n) : 0);
+}
+
 // Rounded to nearest even, in the lower halves of the lanes.
 INTERFUSE_INLINE IVec bf16_bits(Vec v) {
   typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));

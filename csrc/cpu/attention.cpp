@@ -52,7 +52,7 @@ class Worker {
  public:
   Worker(const Attention& p, const AttentionForward& a, int tile_capacity)
       : p_(p), a_(a), capacity_(tile_capacity), o_row_(round_up(p.value_dim, kLanes)) {
-    block_ = smaller(greater(kBlockFloats / (p.head_dim + p.value_dim) / kPanel * kPanel, kPanel), kMostKeys);
+    block_ = least(greatest(kBlockFloats / (p.head_dim + p.value_dim) / kPanel * kPanel, kPanel), kMostKeys);
     const int64_t rows = capacity_ * kRows;
     keys_ = scratch_floats(Slot::pack, packed_columns(block_, p.head_dim) + packed_rows(block_, p.value_dim));
     values_ = keys_ + packed_columns(block_, p.head_dim);
@@ -65,91 +65,82 @@ class Worker {
 
   void run(const AttentionPiece& piece) {
     const int64_t b = piece.batch;
-    queries_here_ = a_.q_lengths ? a_.q_lengths[b] : p_.queries;
+    queries_here_ = {0, a_.q_lengths ? a_.q_lengths[b] : p_.queries};
     keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
-    tiles_per_head_ = (queries_here_ + kRows - 1) / kRows;
-    base_ = 0, first_head_ = piece.kv_head * p_.group();
-    if (piece.begin == 0) zero_padding(p_, a_, b, piece.kv_head, queries_here_);
+    first_head_ = piece.kv_head * p_.group();
+    if (piece.begin == 0) zero_padding(p_, a_, b, piece.kv_head, queries_here_.end);
     for (int64_t first = piece.begin; first < piece.end; first += capacity_)
-      pass(b, piece.kv_head, first, smaller(first + capacity_, piece.end));
+      pass(b, piece.kv_head, first, least(first + capacity_, piece.end));
   }
 
   // Query rows begin..end of one head.
   void run_rows(int64_t b, int64_t head, int64_t begin, int64_t end) {
-    queries_here_ = end;
+    queries_here_ = {begin, end};
     keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
-    base_ = begin, first_head_ = head;
-    tiles_per_head_ = (end - begin + kRows - 1) / kRows;
-    for (int64_t first = 0; first < tiles_per_head_; first += capacity_)
-      pass(b, head / p_.group(), first, smaller(first + capacity_, tiles_per_head_));
+    first_head_ = head;
+    const int64_t tiles = (end - begin + kRows - 1) / kRows;
+    for (int64_t first = 0; first < tiles; first += capacity_) pass(b, head / p_.group(), first, least(first + capacity_, tiles));
   }
 
  private:
-  struct Tile {
-    int64_t head, query, rows;
-  };
-
-  Tile tile_at(int64_t index) const {
-    const int64_t query = base_ + index % tiles_per_head_ * kRows;
-    return {first_head_ + index / tiles_per_head_, query, smaller(queries_here_ - query, kRows)};
-  }
+  QueryRows rows_at(int64_t b, int64_t index) const { return query_rows(b, first_head_, queries_here_, kRows, index); }
 
   void pass(int64_t b, int64_t kv_head, int64_t begin, int64_t end) {
     const int64_t count = end - begin;
     for (int64_t t = 0; t < count; ++t) {
-      const Tile tile = tile_at(begin + t);
+      const QueryRows tile = rows_at(b, begin + t);
       const void* rows = element(p_.half, a_.q, p_.q.at(b, tile.head) + tile.query * p_.q.row);
-      pack_tiles(p_.half, {rows, p_.q.row, tile.rows, p_.head_dim}, p_.scale * kLog2E, queries_ + t * kRows * p_.head_dim);
+      pack_tiles(p_.half, {rows, p_.q.row, tile.count, p_.head_dim}, p_.scale * kLog2E, queries_ + t * kRows * p_.head_dim);
     }
     for (int64_t i = 0; i < count * kStates; ++i) best_[i] = -infinity(), total_[i] = 0;
     memset(o_, 0, static_cast<size_t>(count * kRows * o_row_) * 4);
     int64_t packed = -1;
     for (int64_t key = 0; key < keys_here_; key += block_) {
-      const int64_t keys = smaller(keys_here_ - key, block_);
-      if (p_.causal && !reaches(begin, end, key)) break;
+      const int64_t keys = least(keys_here_ - key, block_);
+      if (p_.causal && !reaches(b, begin, end, key)) break;
       pack_columns(p_.half, {element(p_.half, a_.k, p_.k.at(b, kv_head) + key * p_.k.row), p_.k.row, keys, p_.head_dim}, keys_);
       pack_rows(p_.half, {element(p_.half, a_.v, p_.v.at(b, kv_head) + key * p_.v.row), p_.v.row, keys, p_.value_dim}, block_, values_);
       packed = key;
-      for (int64_t t = 0; t < count; ++t) attend(b, tile_at(begin + t), t, key, keys);
+      for (int64_t t = 0; t < count; ++t) attend(rows_at(b, begin + t), t, key, keys);
     }
-    for (int64_t t = 0; t < count; ++t) finish(b, tile_at(begin + t), t);
+    for (int64_t t = 0; t < count; ++t) finish(rows_at(b, begin + t), t);
     if (a_.weights) write_weights(b, kv_head, begin, end, packed);
   }
 
   // With causal order: whether one of the tiles reads this key.
-  bool reaches(int64_t begin, int64_t end, int64_t key) const {
+  bool reaches(int64_t b, int64_t begin, int64_t end, int64_t key) const {
     for (int64_t t = begin; t < end; ++t) {
-      const Tile tile = tile_at(t);
-      if (tile.query + tile.rows > key) return true;
+      const QueryRows tile = rows_at(b, t);
+      if (tile.query + tile.count > key) return true;
     }
     return false;
   }
 
   // The scores of tile t with keys key..key + keys; returns how many of them any row reads.
-  int64_t score(const Tile& tile, int64_t t, int64_t key, int64_t keys) {
-    const int64_t columns = keys_read(p_, tile.query + tile.rows - 1, key, keys);
+  int64_t score(const QueryRows& tile, int64_t t, int64_t key, int64_t keys) {
+    const int64_t columns = keys_read(p_, tile.query + tile.count - 1, key, keys);
     TileProduct product{p_.head_dim, queries_ + t * kRows * p_.head_dim, keys_, p_.head_dim * kPanel, scores_, columns};
-    for_tile_rows(tile.rows, TileProductOf<kScoreRow>{product});
+    for_tile_rows(tile.count, TileProductOf<kScoreRow>{product});
     return columns;
   }
 
-  void mask(int64_t b, const Tile& tile, int r, int64_t key, int64_t keys, int64_t padded) {
+  void mask(const QueryRows& tile, int r, int64_t key, int64_t keys, int64_t padded) {
     const int64_t query = tile.query + r, most = keys_read(p_, query, key, keys);
     if (p_.mask != INTERFUSE_MASK_NONE || most < padded)
-      apply_mask(mask_row(p_, a_.mask, b, tile.head, query, key), scores_ + r * kScoreRow, most, padded);
+      apply_mask(mask_row(p_, a_.mask, tile.batch, tile.head, query, key), scores_ + r * kScoreRow, most, padded);
   }
 
-  void attend(int64_t b, const Tile& tile, int64_t t, int64_t key, int64_t keys) {
+  void attend(const QueryRows& tile, int64_t t, int64_t key, int64_t keys) {
     const int64_t columns = score(tile, t, key, keys), padded = round_up(columns, kLanes);
     if (columns == 0) return;
-    for (int r = 0; r < tile.rows; ++r) mask(b, tile, r, key, keys, padded);
+    for (int r = 0; r < tile.count; ++r) mask(tile, r, key, keys, padded);
     alignas(64) float factor[kStates];
     for (int r = 0; r < kRows; r += kLanes) {
-      const int rows = static_cast<int>(smaller(tile.rows - r, kLanes));
+      const int rows = static_cast<int>(least(tile.count - r, kLanes));
       soften(scores_ + r * kScoreRow, rows, padded, best_ + t * kStates + r, total_ + t * kStates + r, factor + r);
     }
     ValueProduct product{columns, p_.value_dim, o_row_, block_ * kPanel, scores_, values_, factor, o_ + t * kRows * o_row_};
-    for_tile_rows(tile.rows, product);
+    for_tile_rows(tile.count, product);
   }
 
   // Up to kLanes rows of scores become exponentials over the running maximum; factor is what that makes of earlier sums.
@@ -201,15 +192,15 @@ class Worker {
     return sums[0] + sums[1];
   }
 
-  void finish(int64_t b, const Tile& tile, int64_t t) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = t * kStates + r, query = tile.query + r, at = p_.y.at(b, tile.head) + query * p_.y.row;
+  void finish(const QueryRows& tile, int64_t t) {
+    for (int64_t r = 0; r < tile.count; ++r) {
+      const int64_t i = t * kStates + r, query = tile.query + r, at = p_.y.at(tile.batch, tile.head) + query * p_.y.row;
       if (total_[i] == 0)
         zero_row(p_.half, a_.y, at, p_.value_dim);
       else
         store_row(p_.half, a_.y, at, o_ + (t * kRows + r) * o_row_, p_.value_dim, 1.f / total_[i]);
       if (a_.lse)
-        a_.lse[(b * p_.heads + tile.head) * p_.queries + query] =
+        a_.lse[(tile.batch * p_.heads + tile.head) * p_.queries + query] =
             total_[i] == 0 ? -infinity() : kLn2 * (best_[i] + __builtin_log2f(total_[i]));
     }
   }
@@ -217,21 +208,21 @@ class Worker {
   // A second pass over the scores, now that the sums are known. Asked for rarely, and as large as they are.
   void write_weights(int64_t b, int64_t kv_head, int64_t begin, int64_t end, int64_t packed) {
     for (int64_t t = begin; t < end; ++t) {
-      const Tile tile = tile_at(t);
+      const QueryRows tile = rows_at(b, t);
       const int64_t row = (b * p_.heads + tile.head) * p_.queries + tile.query;
-      zero_row(p_.half, a_.weights, row * p_.keys, tile.rows * p_.keys);
+      zero_row(p_.half, a_.weights, row * p_.keys, tile.count * p_.keys);
     }
     for (int64_t key = 0; key <= packed; key += block_) {
-      const int64_t keys = smaller(keys_here_ - key, block_);
+      const int64_t keys = least(keys_here_ - key, block_);
       if (packed != key || packed > 0)
         pack_columns(p_.half, {element(p_.half, a_.k, p_.k.at(b, kv_head) + key * p_.k.row), p_.k.row, keys, p_.head_dim}, keys_);
       for (int64_t t = begin; t < end; ++t) {
-        const Tile tile = tile_at(t);
+        const QueryRows tile = rows_at(b, t);
         const int64_t columns = score(tile, t - begin, key, keys), padded = round_up(columns, kLanes);
-        for (int r = 0; r < tile.rows && columns > 0; ++r) {
+        for (int r = 0; r < tile.count && columns > 0; ++r) {
           const int64_t i = (t - begin) * kStates + r, row = (b * p_.heads + tile.head) * p_.queries + tile.query + r;
           if (total_[i] == 0) continue;
-          mask(b, tile, r, key, keys, padded);
+          mask(tile, r, key, keys, padded);
           exponentials(scores_ + r * kScoreRow, padded, best_[i]);
           store_row(p_.half, a_.weights, row * p_.keys + key, scores_ + r * kScoreRow, columns, 1.f / total_[i]);
         }
@@ -242,15 +233,15 @@ class Worker {
   const Attention& p_;
   const AttentionForward& a_;
   const int64_t capacity_, o_row_;
-  int64_t block_, queries_here_ = 0, keys_here_ = 0, tiles_per_head_ = 0;
-  int64_t base_ = 0, first_head_ = 0;  // the query and the head of tile 0
+  Range queries_here_{};  // of each head, from first_head_ on
+  int64_t block_, first_head_ = 0, keys_here_ = 0;
   float *keys_, *values_, *queries_, *o_, *best_, *total_, *scores_;
 };
 
 // Tiles of a pass.
 int capacity_of(const Attention& p) {
   const int64_t tile = kRows * (p.head_dim + p.value_dim);
-  return static_cast<int>(smaller(greater(kTilesFloats / tile, 4), 64));
+  return static_cast<int>(least(greatest(kTilesFloats / tile, 4), 64));
 }
 
 #if defined(INTERFUSE_SPLIT_PRODUCT)
@@ -272,11 +263,7 @@ void forward(const Attention& p, const AttentionForward& a, AttentionWork& work)
 #endif
   parallel(work.threads, [&](int, int) {
     Worker worker(p, a, capacity_of(p));
-    for (;;) {
-      const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-      if (at >= work.count) break;
-      worker.run(work.pieces[at]);
-    }
+    take_pieces(work, [&](const AttentionPiece& piece) { worker.run(piece); });
   });
 }
 

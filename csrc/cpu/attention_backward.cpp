@@ -91,7 +91,7 @@ class Worker {
   Worker(const Attention& p, const AttentionBackward& a)
       : p_(p), a_(a), e_row_(round_up(p.head_dim, kLanes)), v_row_(round_up(p.value_dim, kLanes)) {
     const int64_t e = p.head_dim, v = p.value_dim, tile = kRows * (3 * e + 2 * v);
-    tiles_ = greater(kTilesFloats / tile, kBlockTiles) / kBlockTiles * kBlockTiles;
+    tiles_ = greatest(kTilesFloats / tile, kBlockTiles) / kBlockTiles * kBlockTiles;
     rows_ = tiles_ * kRows;
     float* at = scratch_floats(Slot::rows, packed_tiles(rows_, e) + packed_tiles(rows_, v) + packed_rows(rows_, e) +
                                                packed_rows(rows_, v) + rows_ * (e_row_ + 2));
@@ -99,8 +99,8 @@ class Worker {
     q_tiles_ = take(packed_tiles(rows_, e)), grad_y_tiles_ = take(packed_tiles(rows_, v));
     q_rows_ = take(packed_rows(rows_, e)), grad_y_rows_ = take(packed_rows(rows_, v));
     grad_q_ = take(rows_ * e_row_), offset_ = take(rows_), delta_ = take(rows_);
-    at = scratch_floats(Slot::pack, 2 * packed_columns(kBlockKeys, greater(e, v)) + packed_rows(kBlockKeys, e));
-    k_columns_ = take(packed_columns(kBlockKeys, greater(e, v))), v_columns_ = take(packed_columns(kBlockKeys, greater(e, v)));
+    at = scratch_floats(Slot::pack, 2 * packed_columns(kBlockKeys, greatest(e, v)) + packed_rows(kBlockKeys, e));
+    k_columns_ = take(packed_columns(kBlockKeys, greatest(e, v))), v_columns_ = take(packed_columns(kBlockKeys, greatest(e, v)));
     k_rows_ = at;
     probability_ = scratch_floats(Slot::tiles, 2 * kBlockRows * kScoreRow);
     gradient_ = probability_ + kBlockRows * kScoreRow;
@@ -110,55 +110,49 @@ class Worker {
     const int64_t b = piece.batch;
     queries_here_ = a_.in.q_lengths ? a_.in.q_lengths[b] : p_.queries;
     const int64_t length = a_.in.kv_lengths ? a_.in.kv_lengths[b] : p_.keys;
-    end_ = greater(smaller(piece.end, length), piece.begin);
-    tiles_per_head_ = (queries_here_ + kRows - 1) / kRows;
+    end_ = greatest(least(piece.end, length), piece.begin);
     const int64_t keys = end_ - piece.begin + kRows;  // the last tile of keys may be written whole
     grad_k_ = scratch_floats(Slot::gradient, keys * (e_row_ + v_row_));
     grad_v_ = grad_k_ + keys * e_row_;
     memset(grad_k_, 0, static_cast<size_t>(keys * (e_row_ + v_row_)) * 4);
-    const int64_t all = tiles_per_head_ * p_.group();
-    for (int64_t first = 0; first < all; first += tiles_) pass(piece, first, smaller(all - first, tiles_));
+    const int64_t all = (queries_here_ + kRows - 1) / kRows * p_.group();
+    for (int64_t first = 0; first < all; first += tiles_) pass(piece, first, least(all - first, tiles_));
     store_keys(piece);
   }
 
  private:
-  struct Tile {
-    int64_t head, query, rows;
-  };
-
-  Tile tile_at(int64_t kv_head, int64_t index) const {
-    const int64_t query = index % tiles_per_head_ * kRows;
-    return {kv_head * p_.group() + index / tiles_per_head_, query, smaller(queries_here_ - query, kRows)};
+  QueryRows rows_at(const AttentionPiece& piece, int64_t index) const {
+    return query_rows(piece.batch, piece.kv_head * p_.group(), {0, queries_here_}, kRows, index);
   }
 
   void pass(const AttentionPiece& piece, int64_t first, int64_t count) {
     memset(grad_q_, 0, static_cast<size_t>(count * kRows * e_row_) * 4);
-    for (int64_t t = 0; t < count; ++t) pack(piece, tile_at(piece.kv_head, first + t), t);
+    for (int64_t t = 0; t < count; ++t) pack(rows_at(piece, first + t), t);
     const int64_t b = piece.batch;
     for (int64_t key = piece.begin; key < end_; key += kBlockKeys) {
-      const int64_t keys = smaller(end_ - key, kBlockKeys);
+      const int64_t keys = least(end_ - key, kBlockKeys);
       const Rows k{element(p_.half, a_.in.k, p_.k.at(b, piece.kv_head) + key * p_.k.row), p_.k.row, keys, p_.head_dim};
       const Rows v{element(p_.half, a_.in.v, p_.v.at(b, piece.kv_head) + key * p_.v.row), p_.v.row, keys, p_.value_dim};
       pack_columns(p_.half, k, k_columns_);
       pack_rows(p_.half, k, kBlockKeys, k_rows_);
       pack_columns(p_.half, v, v_columns_);
-      for (int64_t t = 0; t < count; t += kBlockTiles) block(piece, first, t, smaller(count - t, kBlockTiles), key, keys);
+      for (int64_t t = 0; t < count; t += kBlockTiles) block(piece, first, t, least(count - t, kBlockTiles), key, keys);
     }
-    for (int64_t t = 0; t < count; ++t) store_queries(piece, tile_at(piece.kv_head, first + t), t);
+    for (int64_t t = 0; t < count; ++t) store_queries(piece, rows_at(piece, first + t), t);
   }
 
-  void pack(const AttentionPiece& piece, const Tile& tile, int64_t t) {
-    const int64_t b = piece.batch, row = t * kRows, y_at = p_.y.at(b, tile.head) + tile.query * p_.y.row;
-    const Rows q{element(p_.half, a_.in.q, p_.q.at(b, tile.head) + tile.query * p_.q.row), p_.q.row, tile.rows, p_.head_dim};
-    const Rows grad{element(p_.half, a_.grad_y, y_at), p_.y.row, tile.rows, p_.value_dim};
+  void pack(const QueryRows& tile, int64_t t) {
+    const int64_t b = tile.batch, row = t * kRows, y_at = p_.y.at(b, tile.head) + tile.query * p_.y.row;
+    const Rows q{element(p_.half, a_.in.q, p_.q.at(b, tile.head) + tile.query * p_.q.row), p_.q.row, tile.count, p_.head_dim};
+    const Rows grad{element(p_.half, a_.grad_y, y_at), p_.y.row, tile.count, p_.value_dim};
     pack_tiles(p_.half, q, p_.scale * kLog2E, q_tiles_ + row * p_.head_dim);
     pack_rows(p_.half, q, rows_, q_rows_ + row * kPanel);
     pack_tiles(p_.half, grad, 1.f, grad_y_tiles_ + row * p_.value_dim);
     pack_rows(p_.half, grad, rows_, grad_y_rows_ + row * kPanel);
     // A tile's missing rows are zeros.
-    zero_rows(tile.rows, p_.head_dim, q_rows_ + row * kPanel);
-    zero_rows(tile.rows, p_.value_dim, grad_y_rows_ + row * kPanel);
-    row_states(p_, a_, b, tile.head, tile.query, tile.rows, kRows, offset_ + row, delta_ + row);
+    zero_rows(tile.count, p_.head_dim, q_rows_ + row * kPanel);
+    zero_rows(tile.count, p_.value_dim, grad_y_rows_ + row * kPanel);
+    row_states(p_, a_, b, tile.head, tile.query, tile.count, kRows, offset_ + row, delta_ + row);
   }
 
   void zero_rows(int64_t rows, int64_t width, float* to) const {
@@ -171,21 +165,21 @@ class Worker {
   void block(const AttentionPiece& piece, int64_t first, int64_t t, int64_t count, int64_t key, int64_t keys) {
     int64_t columns = 0;
     for (int64_t j = 0; j < count; ++j) {
-      const Tile tile = tile_at(piece.kv_head, first + t + j);
-      columns = greater(columns, keys_read(p_, tile.query + tile.rows - 1, key, keys));
+      const QueryRows tile = rows_at(piece, first + t + j);
+      columns = greatest(columns, keys_read(p_, tile.query + tile.count - 1, key, keys));
     }
     if (columns == 0) return;
     const int64_t padded = round_up(columns, kLanes);
     for (int64_t j = 0; j < count; ++j) {
-      const Tile tile = tile_at(piece.kv_head, first + t + j);
+      const QueryRows tile = rows_at(piece, first + t + j);
       const int64_t row = (t + j) * kRows;
       float *p = probability_ + j * kRows * kScoreRow, *g = gradient_ + j * kRows * kScoreRow;
       TileProduct product{p_.head_dim, q_tiles_ + row * p_.head_dim, k_columns_, p_.head_dim * kPanel, p, columns};
       TileProductOf<kScoreRow>{product}.template run<kRows>();
       for (int r = 0; r < kRows; ++r) {
-        const int64_t query = tile.query + r, most = r < tile.rows ? keys_read(p_, query, key, keys) : columns;
-        if (r < tile.rows && (p_.mask != INTERFUSE_MASK_NONE || most < padded))
-          apply_mask(mask_row(p_, a_.in.mask, piece.batch, tile.head, query, key), p + r * kScoreRow, smaller(most, columns), padded);
+        const int64_t query = tile.query + r, most = r < tile.count ? keys_read(p_, query, key, keys) : columns;
+        if (r < tile.count && (p_.mask != INTERFUSE_MASK_NONE || most < padded))
+          apply_mask(mask_row(p_, a_.in.mask, piece.batch, tile.head, query, key), p + r * kScoreRow, least(most, columns), padded);
         exponentials(p + r * kScoreRow, padded, offset_[row + r]);
       }
       ScoreGradient{p_.value_dim, columns, grad_y_tiles_ + row * p_.value_dim, v_columns_, p, delta_ + row, g}.run();
@@ -202,8 +196,8 @@ class Worker {
     }
   }
 
-  void store_queries(const AttentionPiece& piece, const Tile& tile, int64_t t) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
+  void store_queries(const AttentionPiece& piece, const QueryRows& tile, int64_t t) {
+    for (int64_t r = 0; r < tile.count; ++r) {
       const float* from = grad_q_ + (t * kRows + r) * e_row_;
       const int64_t query = tile.query + r;
       if (a_.parts > 1) {
@@ -232,7 +226,7 @@ class Worker {
   const Attention& p_;
   const AttentionBackward& a_;
   const int64_t e_row_, v_row_;
-  int64_t tiles_, rows_, queries_here_ = 0, end_ = 0, tiles_per_head_ = 0;
+  int64_t tiles_, rows_, queries_here_ = 0, end_ = 0;
   float *q_tiles_, *grad_y_tiles_, *q_rows_, *grad_y_rows_, *grad_q_, *offset_, *delta_;
   float *k_columns_, *v_columns_, *k_rows_, *probability_, *gradient_;
   float *grad_k_ = nullptr, *grad_v_ = nullptr;
@@ -260,12 +254,10 @@ void sum_parts(const Attention& p, const AttentionBackward& a, int thread, int t
 void on_vector_units(const Attention& p, const AttentionBackward& a, AttentionWork& work) {
   parallel(work.threads, [&](int, int) {
     Worker worker(p, a);
-    for (;;) {
-      const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-      if (at >= work.count) break;
-      worker.run(work.pieces[at]);
-      zero_gradient_padding(p, a, work.pieces[at]);
-    }
+    take_pieces(work, [&](const AttentionPiece& piece) {
+      worker.run(piece);
+      zero_gradient_padding(p, a, piece);
+    });
   });
 }
 
@@ -288,7 +280,7 @@ void row_states(const Attention& p, const AttentionBackward& a, int64_t b, int64
   for (int64_t i = 0; i < padded; ++i) offset[i] = infinity(), delta[i] = 0;
   const float* const lse = a.in.lse + (b * p.heads + head) * p.queries + query;
   for (int64_t first = 0; first < count; first += kLanes) {
-    const int rows = static_cast<int>(smaller(count - first, kLanes));
+    const int rows = static_cast<int>(least(count - first, kLanes));
     Vec products[kLanes] = {};
     for (int i = 0; i < rows; ++i) {
       if (lse[first + i] == -infinity()) continue;  // attends to nothing

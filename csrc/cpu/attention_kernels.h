@@ -2,9 +2,20 @@
 #pragma once
 
 #include "common/attention.h"
+#include "common/simd.h"
 
 namespace interfuse {
 namespace INTERFUSE_ISA {
+
+// Each piece goes to whichever thread of a team asks first.
+template <class Take>
+INTERFUSE_INLINE void take_pieces(AttentionWork& work, Take&& take) {
+  for (;;) {
+    const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
+    if (at >= work.count) return;
+    take(work.pieces[at]);
+  }
+}
 
 // Writes what forward leaves for the query rows from `queries` on, which are padding.
 void zero_padding(const Attention& p, const AttentionForward& a, int64_t b, int64_t kv_head, int64_t queries);

@@ -16,8 +16,6 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
 INTERFUSE_INLINE int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-INTERFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INTERFUSE_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 INTERFUSE_INLINE float infinity() { return __builtin_inff(); }
 
 // The caller's rows: `count` of `width` elements, `stride` apart.
@@ -31,8 +29,8 @@ struct Rows {
 template <class T>
 INTERFUSE_INLINE void load_transposed(const Rows& rows, int64_t first, int64_t column, Vec (&out)[kLanes]) {
   const T* p = static_cast<const T*>(rows.data) + first * rows.stride + column;
-  const int present = static_cast<int>(smaller(greater(rows.count - first, 0), kLanes));
-  const int columns = static_cast<int>(smaller(rows.width - column, kLanes));
+  const int present = static_cast<int>(least(greatest(rows.count - first, 0), kLanes));
+  const int columns = static_cast<int>(least(rows.width - column, kLanes));
   // Projected heads are narrow pieces of long rows, which no hardware fetches ahead.
   for (int i = 0; i < present; ++i) __builtin_prefetch(p + (i + 2 * kLanes) * rows.stride);
   for (int i = 0; i < kLanes; ++i)
@@ -48,7 +46,7 @@ void pack_columns_of(const Rows& rows, float* out) {
       for (int64_t column = 0; column < rows.width; column += kLanes) {
         Vec block[kLanes];
         load_transposed<T>(rows, first + v * kLanes, column, block);
-        const int columns = static_cast<int>(smaller(rows.width - column, kLanes));
+        const int columns = static_cast<int>(least(rows.width - column, kLanes));
         for (int j = 0; j < columns; ++j)
           store(out + first * rows.width + (column + j) * kPanel + v * kLanes, block[j]);
       }
@@ -63,7 +61,7 @@ void pack_tiles_of(const Rows& rows, float factor, float* out) {
         Vec block[kLanes];
         // Rows of the next tile come along where a tile is no multiple of a vector; its own packing overwrites them.
         load_transposed<T>(rows, first + at, column, block);
-        const int columns = static_cast<int>(smaller(rows.width - column, kLanes));
+        const int columns = static_cast<int>(least(rows.width - column, kLanes));
         for (int j = 0; j < columns; ++j) store(out + first * rows.width + (column + j) * kRows + at, block[j] * factor);
       }
 }
@@ -73,7 +71,7 @@ template <class T>
 void pack_rows_of(const Rows& rows, int64_t capacity, float* out) {
   for (int64_t column = 0; column < rows.width; column += kLanes, out += column % kPanel ? kLanes : capacity * kPanel - kLanes) {
     const T* p = static_cast<const T*>(rows.data) + column;
-    const int columns = static_cast<int>(smaller(rows.width - column, kLanes));
+    const int columns = static_cast<int>(least(rows.width - column, kLanes));
     if (columns == kLanes)
       for (int64_t r = 0; r < rows.count; ++r) {
         __builtin_prefetch(p + (r + 2 * kLanes) * rows.stride);

@@ -1,6 +1,7 @@
 // A tile of scores, from the product to the probabilities: what forward and backward share. Per-ISA.
 #pragma once
 
+#include "common/parallel.h"
 #include "common/vector_math.h"
 #include "cpu/attention_pack.h"
 
@@ -42,9 +43,19 @@ struct TileProductOf {
   }
 };
 
+struct QueryRows {
+  int64_t batch, head, query, count;
+};
+
+// Number `index` of the tiles of `size` rows that some heads' query rows, the same ones of each, are divided into.
+INTERFUSE_INLINE QueryRows query_rows(int64_t batch, int64_t first_head, Range queries, int64_t size, int64_t index) {
+  const int64_t tiles = (queries.end - queries.begin + size - 1) / size, query = queries.begin + index % tiles * size;
+  return {batch, first_head + index / tiles, query, least(queries.end - query, size)};
+}
+
 // Of keys key..key + keys, how many row `query` reads at most.
 INTERFUSE_INLINE int64_t keys_read(const Attention& p, int64_t query, int64_t key, int64_t keys) {
-  return p.causal ? greater(smaller(keys, query + 1 - key), 0) : keys;
+  return p.causal ? greatest(least(keys, query + 1 - key), 0) : keys;
 }
 
 // The mask's row for one query, from the block's first key on.

@@ -55,9 +55,9 @@ class SplitWorker {
   SplitWorker(const Attention& p, const AttentionForward& a)
       : p_(p), a_(a), steps_(split::steps_of(p.head_dim)), value_pairs_(split::panels_of(p.value_dim) / 2) {
     const int64_t key_bytes = (steps_ * split::kDepth + value_pairs_ * kWide) * 6;
-    block_ = smaller(greater(kBlockBytes / key_bytes / kWide * kWide, kWide), kMostKeys);
+    block_ = least(greatest(kBlockBytes / key_bytes / kWide * kWide, kWide), kMostKeys);
     query_size_ = 2 * steps_ * kStep, o_size_ = value_pairs_ * kSums;
-    capacity_ = smaller(greater(kTileFloats / (query_size_ / 2 + o_size_), 2), kMostTiles);
+    capacity_ = least(greatest(kTileFloats / (query_size_ / 2 + o_size_), 2), kMostTiles);
     keys_ = static_cast<uint16_t*>(scratch(Slot::weight, static_cast<size_t>(block_ * key_bytes)));
     values_ = keys_ + block_ / kSide * steps_ * kStep;
     float* at = scratch_floats(Slot::gradient, capacity_ * (query_size_ / 2 + o_size_ + 3 * kWide));
@@ -78,64 +78,54 @@ class SplitWorker {
     const int64_t b = piece.batch;
     queries_here_ = a_.q_lengths ? a_.q_lengths[b] : p_.queries;
     keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
-    tiles_per_head_ = (queries_here_ + kWide - 1) / kWide;
     if (piece.begin == 0) zero_padding(p_, a_, b, piece.kv_head, queries_here_);
     for (int64_t first = piece.begin; first < piece.end; first += capacity_)
-      pass(b, piece.kv_head, first, smaller(first + capacity_, piece.end), again);
+      pass(b, piece.kv_head, first, least(first + capacity_, piece.end), again);
   }
 
  private:
-  struct Tile {
-    int64_t index, head, query, rows;
+  struct Tile : QueryRows {
+    int64_t index;           // within the pass
     int64_t columns, pairs;  // of the block's keys that one of its rows reads
   };
 
-  Tile tile_at(int64_t kv_head, int64_t begin, int64_t index, int64_t key, int64_t keys) const {
-    const int64_t at = begin + index, query = at % tiles_per_head_ * kWide;
-    Tile tile{index, kv_head * p_.group() + at / tiles_per_head_, query, smaller(queries_here_ - query, kWide), 0, 0};
-    tile.columns = keys_read(p_, query + tile.rows - 1, key, keys);
-    tile.pairs = (tile.columns + kWide - 1) / kWide;
-    return tile;
+  Tile tile_at(int64_t b, int64_t kv_head, int64_t begin, int64_t index, int64_t key, int64_t keys) const {
+    const QueryRows rows = query_rows(b, kv_head * p_.group(), {0, queries_here_}, kWide, begin + index);
+    const int64_t columns = keys_read(p_, rows.query + rows.count - 1, key, keys);
+    return {rows, index, columns, (columns + kWide - 1) / kWide};
   }
 
   void pass(int64_t b, int64_t kv_head, int64_t begin, int64_t end, AttentionRows again) {
     const int64_t count = end - begin;
-    for (int64_t t = 0; t < count; ++t) cut_queries(b, tile_at(kv_head, begin, t, 0, 0));
+    for (int64_t t = 0; t < count; ++t) cut_queries(tile_at(b, kv_head, begin, t, 0, 0));
     for (int64_t i = 0; i < count * kWide; ++i) best_[i] = -infinity(), total_[i] = 0;
     memset(o_, 0, static_cast<size_t>(count * o_size_) * 4);
     {
       const split::Tiles tiles;
       for (int64_t key = 0; key < keys_here_; key += block_) {
-        const int64_t keys = smaller(keys_here_ - key, block_);
+        const int64_t keys = least(keys_here_ - key, block_);
         cut_keys(b, kv_head, key, keys);
         cut_values(b, kv_head, key, keys);
         attend(b, kv_head, begin, count, key, keys);
       }
     }
     bool finite[kMostTiles];
-    for (int64_t t = 0; t < count; ++t) finite[t] = finish(b, tile_at(kv_head, begin, t, 0, 0));
+    for (int64_t t = 0; t < count; ++t) finite[t] = finish(tile_at(b, kv_head, begin, t, 0, 0));
     if (a_.weights) write_weights(b, kv_head, begin, count);
     // An infinity in some factor leaves NaN in its pieces' products. Where results are not finite they are computed
     // again by the vector units, which may find them so as well.
     for (int64_t t = 0; t < count; ++t)
       if (!finite[t]) {
-        const Tile tile = tile_at(kv_head, begin, t, 0, 0);
-        again(p_, a_, b, tile.head, tile.query, tile.query + tile.rows);
+        const Tile tile = tile_at(b, kv_head, begin, t, 0, 0);
+        again(p_, a_, b, tile.head, tile.query, tile.query + tile.count);
       }
   }
 
   // Rows that are not there are left as they lie: nobody reads what comes of them.
-  void cut_queries(int64_t b, const Tile& tile) {
-    const float* const q = static_cast<const float*>(a_.q) + p_.q.at(b, tile.head) + tile.query * p_.q.row;
+  void cut_queries(const Tile& tile) {
+    const float* const q = static_cast<const float*>(a_.q) + p_.q.at(tile.batch, tile.head) + tile.query * p_.q.row;
     uint16_t* const to = queries_ + tile.index * query_size_;
-    const float factor = p_.scale * kLog2E;
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t step = 0; step < steps_; ++step) {
-        const int64_t e = step * split::kDepth, left = p_.head_dim - e;
-        const float* const from = q + r * p_.q.row + e;
-        split::cut_along(split::load_up_to(from, left) * factor, split::second_half(from, left) * factor,
-                         to + (r / kSide * steps_ + step) * kStep + r % kSide * split::kDepth);
-      }
+    split::cut_rows(q, p_.q.row, tile.count, tile.count, p_.head_dim, to, p_.scale * kLog2E);
   }
 
   // Keys that are not there are left as they lie too.
@@ -145,10 +135,10 @@ class SplitWorker {
       for (int64_t step = 0; step < steps_; ++step) {
         const int64_t e = step * split::kDepth, left = p_.head_dim - e;
         uint16_t* const to = keys_ + (first / kSide * steps_ + step) * kStep;
-        for (int64_t r = 0; r < smaller(keys - first, kSide); ++r) {
+        for (int64_t r = 0; r < least(keys - first, kSide); ++r) {
           const float* const from = k + (first + r) * p_.k.row + e;
           __builtin_prefetch(from + kWide * p_.k.row);  // heads are narrow pieces of long rows
-          split::cut_along(split::load_up_to(from, left), split::second_half(from, left), to + r * split::kDepth);
+          split::cut_some(from, left, to + r * split::kDepth);
         }
         split::turn(to);
       }
@@ -164,8 +154,8 @@ class SplitWorker {
         const float* const from = v + row * p_.v.row + panel * kSide;
         __builtin_prefetch(from + kWide * p_.v.row);
         __builtin_prefetch(from + (kWide + 1) * p_.v.row);
-        split::cut_across(row < keys ? split::load_up_to(from, left) : zero(),
-                          row + 1 < keys ? split::load_up_to(from + p_.v.row, left) : zero(),
+        split::cut_across(row < keys ? load_some(from, left) : zero(),
+                          row + 1 < keys ? load_some(from + p_.v.row, left) : zero(),
                           values_ + (panel * depth + row / kWide) * kStep + row % kWide / 2 * kWide);
       }
   }
@@ -176,7 +166,7 @@ class SplitWorker {
     Tile tiles[kMostTiles + 1];
     int64_t n = 0;
     for (int64_t t = 0; t < count; ++t) {
-      tiles[n] = tile_at(kv_head, begin, t, key, keys);
+      tiles[n] = tile_at(b, kv_head, begin, t, key, keys);
       n += tiles[n].pairs > 0;
     }
     if (n == 0) return;
@@ -186,9 +176,9 @@ class SplitWorker {
       Softening softening{scores_[i % 2], offset_, sums_, probabilities_[i % 2], 0, 0};
       int64_t slots = 0;
       if (i < n) {
-        mask(b, tiles[i], key, keys, scores_[i % 2]);
+        mask_scores(p_, a_.mask, tiles[i], key, keys, tiles[i].pairs, scores_[i % 2]);
         prepare(tiles[i], scores_[i % 2]);
-        softening.rows = tiles[i].rows, softening.pairs = tiles[i].pairs;
+        softening.rows = tiles[i].count, softening.pairs = tiles[i].pairs;
       }
       if (i + 1 < n) slots += 6 * tiles[i + 1].pairs * steps_;
       if (i > 0) slots += 6 * tiles[i - 1].pairs * value_pairs_;
@@ -218,8 +208,8 @@ class SplitWorker {
       float* const to = o_ + tile.index * o_size_ + pair * kSums;
       for (int64_t step = 0; step < tile.pairs; step += split::kSteps) {
         split::multiply(probabilities + step * kStep, tile.pairs * kStep, values_ + (2 * pair * depth + step) * kStep,
-                        depth * kStep, smaller(tile.pairs - step, split::kSteps), fresh_, work);
-        for (int64_t r = 0; r < tile.rows; ++r)
+                        depth * kStep, least(tile.pairs - step, split::kSteps), fresh_, work);
+        for (int64_t r = 0; r < tile.count; ++r)
           for (int64_t j = 0; j < 2; ++j) {
             float* const at = to + at_row(r, j);
             const Vec before = load(at), sum = load(fresh_ + at_row(r, j));
@@ -229,15 +219,11 @@ class SplitWorker {
     }
   }
 
-  void mask(int64_t b, const Tile& tile, int64_t key, int64_t keys, float* scores) {
-    mask_scores(p_, a_.mask, {b, tile.head, tile.query, tile.rows}, key, keys, tile.pairs, scores);
-  }
-
   // The running maxima, and what they make of the sums so far.
   void prepare(const Tile& tile, const float* scores) {
-    for (int64_t first = 0; first < tile.rows; first += kSide) {
+    for (int64_t first = 0; first < tile.count; first += kSide) {
       Vec each[kLanes];
-      for (int64_t r = 0; r < kSide; ++r) each[r] = first + r < tile.rows ? maxima(scores + at_row(first + r, 0), tile.pairs) : zero();
+      for (int64_t r = 0; r < kSide; ++r) each[r] = first + r < tile.count ? maxima(scores + at_row(first + r, 0), tile.pairs) : zero();
       transpose(each);
       const int64_t at = tile.index * kWide + first;
       const Vec before = load(best_ + at);
@@ -263,7 +249,7 @@ class SplitWorker {
   }
 
   void add_sums(const Tile& tile) {
-    for (int64_t first = 0; first < tile.rows; first += kSide) {
+    for (int64_t first = 0; first < tile.count; first += kSide) {
       Vec each[kLanes];
       for (int64_t r = 0; r < kSide; ++r) each[r] = load(sums_ + (first + r) * kLanes);
       transpose(each);
@@ -275,21 +261,21 @@ class SplitWorker {
   }
 
   // Whether all is finite.
-  bool finish(int64_t b, const Tile& tile) {
+  bool finish(const Tile& tile) {
     IVec other{};
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t r = 0; r < tile.count; ++r) {
       const int64_t i = tile.index * kWide + r, query = tile.query + r;
-      float* const y = static_cast<float*>(a_.y) + p_.y.at(b, tile.head) + query * p_.y.row;
+      float* const y = static_cast<float*>(a_.y) + p_.y.at(tile.batch, tile.head) + query * p_.y.row;
       const bool nothing = total_[i] == 0;
       const float scale = nothing ? 0.f : 1.f / total_[i];
       split::look(splat(total_[i]), other);
       for (int64_t column = 0; column < p_.value_dim; column += kSide) {
         const Vec sum = load(o_ + tile.index * o_size_ + column / kWide * kSums + at_row(r, column / kSide % 2));
         split::look(sum, other);
-        store_first(y + column, nothing ? zero() : sum * scale, static_cast<int>(smaller(p_.value_dim - column, kSide)));
+        store_first(y + column, nothing ? zero() : sum * scale, static_cast<int>(least(p_.value_dim - column, kSide)));
       }
       if (a_.lse)
-        a_.lse[(b * p_.heads + tile.head) * p_.queries + query] =
+        a_.lse[(tile.batch * p_.heads + tile.head) * p_.queries + query] =
             nothing ? -infinity() : kLn2 * (best_[i] + __builtin_log2f(total_[i]));
     }
     return !split::any(other);
@@ -299,26 +285,26 @@ class SplitWorker {
   void write_weights(int64_t b, int64_t kv_head, int64_t begin, int64_t count) {
     float* const weights = static_cast<float*>(a_.weights);
     for (int64_t t = 0; t < count; ++t) {
-      const Tile tile = tile_at(kv_head, begin, t, 0, 0);
+      const Tile tile = tile_at(b, kv_head, begin, t, 0, 0);
       const int64_t row = (b * p_.heads + tile.head) * p_.queries + tile.query;
-      memset(weights + row * p_.keys, 0, static_cast<size_t>(tile.rows * p_.keys) * 4);
+      memset(weights + row * p_.keys, 0, static_cast<size_t>(tile.count * p_.keys) * 4);
     }
     const split::Tiles tiles;
     for (int64_t key = 0; key < keys_here_; key += block_) {
-      const int64_t keys = smaller(keys_here_ - key, block_);
+      const int64_t keys = least(keys_here_ - key, block_);
       cut_keys(b, kv_head, key, keys);
       for (int64_t t = 0; t < count; ++t) {
-        const Tile tile = tile_at(kv_head, begin, t, key, keys);
+        const Tile tile = tile_at(b, kv_head, begin, t, key, keys);
         score(tile, scores_[0], []() __attribute__((always_inline)) {});
-        mask(b, tile, key, keys, scores_[0]);
-        for (int64_t r = 0; r < tile.rows; ++r) {
+        mask_scores(p_, a_.mask, tile, key, keys, tile.pairs, scores_[0]);
+        for (int64_t r = 0; r < tile.count; ++r) {
           const int64_t i = t * kWide + r, row = (b * p_.heads + tile.head) * p_.queries + tile.query + r;
           if (total_[i] == 0) continue;
           const float scale = 1.f / total_[i];
           for (int64_t at = 0; at < tile.columns; at += kSide)
             store_first(weights + row * p_.keys + key + at,
                         exp2_of_negative(load(scores_[0] + at / kWide * kSums + at_row(r, at / kSide % 2)) - best_[i]) * scale,
-                        static_cast<int>(smaller(tile.columns - at, kSide)));
+                        static_cast<int>(least(tile.columns - at, kSide)));
         }
       }
     }
@@ -327,7 +313,7 @@ class SplitWorker {
   const Attention& p_;
   const AttentionForward& a_;
   const int64_t steps_, value_pairs_;
-  int64_t block_, query_size_, o_size_, capacity_, queries_here_ = 0, keys_here_ = 0, tiles_per_head_ = 0;
+  int64_t block_, query_size_, o_size_, capacity_, queries_here_ = 0, keys_here_ = 0;
   uint16_t *keys_, *values_, *queries_, *probabilities_[2];
   float *o_, *best_, *total_, *factor_, *scores_[2], *fresh_, *offset_, *sums_;
 };
@@ -342,11 +328,7 @@ bool on_matrix_units(const Attention& p) {
 void attention_forward_split(const Attention& p, const AttentionForward& a, AttentionWork& work, AttentionRows again) {
   parallel(work.threads, [&](int, int) {
     SplitWorker worker(p, a);
-    for (;;) {
-      const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-      if (at >= work.count) break;
-      worker.run(work.pieces[at], again);
-    }
+    take_pieces(work, [&](const AttentionPiece& piece) { worker.run(piece, again); });
   });
 }
 

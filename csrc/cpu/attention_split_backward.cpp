@@ -40,8 +40,8 @@ class SplitWorker {
   SplitWorker(const Attention& p, const AttentionBackward& a)
       : p_(p), a_(a), e_(split::steps_of(p.head_dim)), v_(split::steps_of(p.value_dim)) {
     const int64_t key_size = (2 * e_ + v_) * kStep / kSide, tile_size = 4 * (e_ + v_) * kStep;
-    keys_at_once_ = smaller(greater(kKeyBytes / 2 / key_size / kWide * kWide, kWide), kMostKeys);
-    capacity_ = smaller(greater(kTileBytes / 2 / tile_size, 1), kMostTiles);
+    keys_at_once_ = least(greatest(kKeyBytes / 2 / key_size / kWide * kWide, kWide), kMostKeys);
+    capacity_ = least(greatest(kTileBytes / 2 / tile_size, 1), kMostTiles);
     depth_ = keys_at_once_ / kWide;
     uint16_t* at = static_cast<uint16_t*>(
         scratch(Slot::weight, static_cast<size_t>(keys_at_once_ * key_size + capacity_ * tile_size + 2 * kBlockPairs * kStep +
@@ -65,66 +65,45 @@ class SplitWorker {
     const int64_t b = piece.batch;
     queries_here_ = a_.in.q_lengths ? a_.in.q_lengths[b] : p_.queries;
     const int64_t length = a_.in.kv_lengths ? a_.in.kv_lengths[b] : p_.keys;
-    end_ = greater(smaller(piece.end, length), piece.begin);
-    tiles_per_head_ = (queries_here_ + kWide - 1) / kWide;
+    end_ = greatest(least(piece.end, length), piece.begin);
     other_ = IVec{};
     const int64_t pairs = (end_ - piece.begin + kWide - 1) / kWide;
     grad_k_ = scratch_floats(Slot::gradient, pairs * (e_ + v_) * kSums);
     grad_v_ = grad_k_ + pairs * e_ * kSums;
     memset(grad_k_, 0, static_cast<size_t>(pairs * (e_ + v_) * kSums) * 4);
-    const int64_t all = tiles_per_head_ * p_.group();
-    for (int64_t first = 0; first < all; first += capacity_) pass(piece, first, smaller(all - first, capacity_));
+    const int64_t all = (queries_here_ + kWide - 1) / kWide * p_.group();
+    for (int64_t first = 0; first < all; first += capacity_) pass(piece, first, least(all - first, capacity_));
     store_keys(piece);
     return !split::any(other_);
   }
 
  private:
-  struct Tile {
-    int64_t head, query, rows;
-  };
-
-  Tile tile_at(int64_t kv_head, int64_t index) const {
-    const int64_t query = index % tiles_per_head_ * kWide;
-    return {kv_head * p_.group() + index / tiles_per_head_, query, smaller(queries_here_ - query, kWide)};
+  QueryRows rows_at(const AttentionPiece& piece, int64_t index) const {
+    return query_rows(piece.batch, piece.kv_head * p_.group(), {0, queries_here_}, kWide, index);
   }
 
   void pass(const AttentionPiece& piece, int64_t first, int64_t count) {
     memset(grad_q_, 0, static_cast<size_t>(count * e_ * kSums) * 4);
-    for (int64_t t = 0; t < count; ++t) cut_tile(piece.batch, tile_at(piece.kv_head, first + t), t);
+    for (int64_t t = 0; t < count; ++t) cut_tile(rows_at(piece, first + t), t);
     {
       const split::Tiles tiles;
       for (int64_t key = piece.begin; key < end_; key += keys_at_once_) {
-        const int64_t keys = smaller(end_ - key, keys_at_once_);
+        const int64_t keys = least(end_ - key, keys_at_once_);
         cut_keys(piece, key, keys);
         attend(piece, first, count, key, keys);
       }
     }
-    for (int64_t t = 0; t < count; ++t) store_queries(piece, tile_at(piece.kv_head, first + t), t);
+    for (int64_t t = 0; t < count; ++t) store_queries(piece, rows_at(piece, first + t), t);
   }
 
-  void cut_tile(int64_t b, const Tile& tile, int64_t t) {
-    const int64_t y_at = p_.y.at(b, tile.head) + tile.query * p_.y.row;
-    const Rows q{static_cast<const float*>(a_.in.q) + p_.q.at(b, tile.head) + tile.query * p_.q.row, p_.q.row, tile.rows, p_.head_dim};
-    const Rows grad{static_cast<const float*>(a_.grad_y) + y_at, p_.y.row, tile.rows, p_.value_dim};
-    cut_rows(q, p_.scale * kLog2E, q_ + t * 2 * e_ * kStep);
-    cut_rows(grad, 1.f, grad_y_ + t * 2 * v_ * kStep);
-    cut_turned(q, q_turned_ + t * kStep);
-    cut_turned(grad, grad_y_turned_ + t * kStep);
-    row_states(p_, a_, b, tile.head, tile.query, tile.rows, kWide, offset_ + t * kWide, delta_ + t * kWide);
-  }
-
-  // The first factor of products over the elements; rows that are not there are zeros.
-  static void cut_rows(const Rows& rows, float factor, uint16_t* to) {
-    const int64_t steps = split::steps_of(rows.width);
-    const float* const data = static_cast<const float*>(rows.data);
-    for (int64_t r = 0; r < kWide; ++r)
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t column = step * kDepth;
-        const float* const from = data + r * rows.stride + column;
-        const int64_t left = r < rows.count ? rows.width - column : 0;
-        split::cut_along(split::load_up_to(from, left) * factor, split::second_half(from, left) * factor,
-                         to + (r / kSide * steps + step) * kStep + r % kSide * kDepth);
-      }
+  void cut_tile(const QueryRows& tile, int64_t t) {
+    const float* const q = static_cast<const float*>(a_.in.q) + p_.q.at(tile.batch, tile.head) + tile.query * p_.q.row;
+    const float* const grad = static_cast<const float*>(a_.grad_y) + p_.y.at(tile.batch, tile.head) + tile.query * p_.y.row;
+    split::cut_rows(q, p_.q.row, tile.count, kWide, p_.head_dim, q_ + t * 2 * e_ * kStep, p_.scale * kLog2E);
+    split::cut_rows(grad, p_.y.row, tile.count, kWide, p_.value_dim, grad_y_ + t * 2 * v_ * kStep);
+    cut_turned({q, p_.q.row, tile.count, p_.head_dim}, q_turned_ + t * kStep);
+    cut_turned({grad, p_.y.row, tile.count, p_.value_dim}, grad_y_turned_ + t * kStep);
+    row_states(p_, a_, tile.batch, tile.head, tile.query, tile.count, kWide, offset_ + t * kWide, delta_ + t * kWide);
   }
 
   // load_transposed, of columns that may be missing too; straight loads where all is there.
@@ -178,7 +157,7 @@ class SplitWorker {
       for (int64_t panel = 0; panel < 2 * e_; ++panel) {
         const int64_t left = p_.head_dim - panel * kSide;
         const float* const from = data + row * k.stride + panel * kSide;
-        split::cut_across(split::load_up_to(from, row < keys ? left : 0), split::load_up_to(from + k.stride, row + 1 < keys ? left : 0),
+        split::cut_across(load_some(from, row < keys ? left : 0), load_some(from + k.stride, row + 1 < keys ? left : 0),
                           keys_across_ + (panel * depth_ + row / kWide) * kStep + row % kWide / 2 * kWide);
       }
   }
@@ -193,11 +172,11 @@ class SplitWorker {
       const int64_t begin = key + mine.begin * kWide, here = keys - mine.begin * kWide;
       int64_t step = 0;  // of the group
       for (int64_t t = 0; t < count; ++t) {
-        const Tile tile = tile_at(piece.kv_head, first + t);
-        const bool reads = keys_read(p_, tile.query + tile.rows - 1, begin, here) > 0;
+        const QueryRows tile = rows_at(piece, first + t);
+        const bool reads = keys_read(p_, tile.query + tile.count - 1, begin, here) > 0;
         if (reads) {
           form(block, t);
-          mask_scores(p_, a_.in.mask, {piece.batch, tile.head, tile.query, tile.rows}, begin, here, block.pairs, scores_);
+          mask_scores(p_, a_.in.mask, tile, begin, here, block.pairs, scores_);
           differentiate(block, t, step++);
           add_to_queries(block, t);
         }
@@ -267,8 +246,8 @@ class SplitWorker {
     }
   }
 
-  void store_queries(const AttentionPiece& piece, const Tile& tile, int64_t t) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
+  void store_queries(const AttentionPiece& piece, const QueryRows& tile, int64_t t) {
+    for (int64_t r = 0; r < tile.count; ++r) {
       const int64_t query = tile.query + r, partial = ((piece.part * p_.batch + piece.batch) * p_.heads + tile.head) * p_.queries + query;
       float* const to = a_.parts > 1 ? a_.partial + partial * p_.head_dim
                                      : static_cast<float*>(a_.grad_q) + p_.grad_q.at(piece.batch, tile.head) + query * p_.grad_q.row;
@@ -276,7 +255,7 @@ class SplitWorker {
       for (int64_t column = 0; column < p_.head_dim; column += kSide) {
         const Vec sum = load(grad_q_ + (t * e_ + column / kWide) * kSums + at_row(r, column / kSide % 2));
         split::look(sum, other_);
-        store_first(to + column, sum * factor, static_cast<int>(smaller(p_.head_dim - column, kSide)));
+        store_first(to + column, sum * factor, static_cast<int>(least(p_.head_dim - column, kSide)));
       }
     }
   }
@@ -285,7 +264,7 @@ class SplitWorker {
     float* const k = static_cast<float*>(a_.grad_k) + p_.grad_k.at(piece.batch, piece.kv_head);
     float* const v = static_cast<float*>(a_.grad_v) + p_.grad_v.at(piece.batch, piece.kv_head);
     for (int64_t key = piece.begin; key < end_; key += kSide) {
-      const int64_t at = key - piece.begin, rows = smaller(end_ - key, kSide);
+      const int64_t at = key - piece.begin, rows = least(end_ - key, kSide);
       store_turned(grad_k_ + at / kWide * e_ * kSums, at / kSide % 2, p_.head_dim, p_.scale, k + key * p_.grad_k.row, p_.grad_k.row, rows);
       store_turned(grad_v_ + at / kWide * v_ * kSums, at / kSide % 2, p_.value_dim, 1.f, v + key * p_.grad_v.row, p_.grad_v.row, rows);
     }
@@ -305,7 +284,7 @@ class SplitWorker {
         split::look(lines[i], other_);
       }
       transpose(lines);
-      const int count = static_cast<int>(smaller(width - column, kSide));
+      const int count = static_cast<int>(least(width - column, kSide));
       for (int i = 0; i < kLanes; ++i)
         if (i < rows) store_first(to + i * row + column, lines[i], count);
     }
@@ -314,7 +293,7 @@ class SplitWorker {
   const Attention& p_;
   const AttentionBackward& a_;
   const int64_t e_, v_;  // panels of elements, two each; also steps of products over the elements
-  int64_t keys_at_once_, depth_, capacity_, queries_here_ = 0, end_ = 0, tiles_per_head_ = 0;
+  int64_t keys_at_once_, depth_, capacity_, queries_here_ = 0, end_ = 0;
   IVec other_{};
   uint16_t *keys_, *values_, *keys_across_, *q_, *grad_y_, *q_turned_, *grad_y_turned_;
   uint16_t *along_, *probabilities_, *gradients_;  // gradients of scores along the keys; both in pairs along the queries
@@ -327,14 +306,11 @@ class SplitWorker {
 void attention_backward_split(const Attention& p, const AttentionBackward& a, AttentionWork& work, AttentionGradients again) {
   parallel(work.threads, [&](int, int) {
     SplitWorker worker(p, a);
-    for (;;) {
-      const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-      if (at >= work.count) break;
-      const AttentionPiece& piece = work.pieces[at];
+    take_pieces(work, [&](const AttentionPiece& piece) {
       // An infinity in some factor leaves NaN in its pieces' products: see the forward.
       if (!worker.run(piece)) again(p, a, piece);
       zero_gradient_padding(p, a, piece);
-    }
+    });
   });
 }
 

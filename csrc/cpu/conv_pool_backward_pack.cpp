@@ -51,7 +51,6 @@ void pixels_to_pixels(const float* from, int64_t pixel_step, int64_t channels, i
     for (int64_t c = 0; c < channels; c += kLanes) store_some(to + c, load(from + c), channels - c);
 }
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>

@@ -18,7 +18,6 @@ namespace {
 constexpr int kWinners = 64;           // output channels whose winners one mask names
 constexpr int64_t kWindowsOfSum = 96;  // windows that the sums take before they are added up: short chains of rounding
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t k_lanes_of(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 

@@ -9,7 +9,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>

@@ -6,7 +6,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // to[channel][i] = from[i][channel].

@@ -8,11 +8,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 
 template <class T>
-INTERFUSE_INLINE Vec load_some(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(n));
-}
-
-template <class T>
 INTERFUSE_INLINE void store_some(T* p, Vec v, int64_t n) {
   n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
 }

@@ -110,11 +110,6 @@ Plan make_plan(const ConvPool& p, int threads) {
 
 // ---- the copy -------------------------------------------------------------------------------------------------------
 
-template <class T>
-INTERFUSE_INLINE Vec load_some(const T* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_first(from, static_cast<int>(count));
-}
-
 // `pixels` pixels of `channels` channels to [pixel][lanes]; the last vector's lanes without a channel become zero.
 template <class T>
 void copy_pixels(const T* from, int64_t channel_step, int64_t pixel_step, int64_t pixels, int channels, int64_t lanes,

@@ -7,7 +7,6 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INTERFUSE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Offset of element (n, channel, d, h, w) in a dense tensor of `size` with `channels` channels.

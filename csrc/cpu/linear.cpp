@@ -40,9 +40,6 @@ INTERFUSE_INLINE void dot_rows(const LinearPiece* piece, const LinearPiece* end,
   if (row < rows.end) tile(Count<1>{}, row);
 }
 
-// Bytes of a weight that no second-level cache holds. int8 takes its time to be converted, which hides the memory's.
-constexpr int64_t kStreams = 8 << 20;
-
 // One or two rows and a weight that comes from memory: it is read from end to end, one group of its rows after the other
 // over the whole depth, while the inputs stay in the second-level cache. Otherwise each fetch would cost more than it gives.
 template <int RowCount, class W>
@@ -60,8 +57,8 @@ void few_rows(const Linear& p, const InputRows* inputs, const W* weight, int64_t
 
 template <class W>
 void products(const Linear& p, const InputRows* inputs, const W* weight, Range rows, Range outputs, float* y) {
-  if constexpr (sizeof(W) > 1) {
-    const bool streams = p.outputs * p.depth * static_cast<int64_t>(sizeof(W)) >= kStreams;
+  if constexpr (sizeof(W) > 1) {  // int8 takes its time to be converted, which hides the memory's
+    const bool streams = p.outputs * p.depth * static_cast<int64_t>(sizeof(W)) >= kFromMemory;
     if (streams && rows.end - rows.begin == 1) return few_rows<1>(p, inputs, weight, rows.begin, outputs, y);
     if (streams && rows.end - rows.begin == 2) return few_rows<2>(p, inputs, weight, rows.begin, outputs, y);
   }
@@ -148,31 +145,24 @@ void cut_inputs(const Linear& p, const InputRows* inputs, Range rows, int64_t st
       }
       from = joined;
     }
-    const Vec first = split::load_up_to(from, end - begin);
-    split::cut_along(first, end - begin > kLanes ? split::load_up_to(from + kLanes, end - begin - kLanes) : zero(),
-                     to + r * split::kDepth);
+    split::cut_some(from, end - begin, to + r * split::kDepth);
   }
   split::turn(to);
 }
-
-INTERFUSE_INLINE int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
 
 // Line `line` of `count` steps of 32 rows of the weight.
 INTERFUSE_INLINE void cut_weight(const Linear& p, const float* weight, int64_t block, int64_t step, int64_t count, int64_t line,
                                  uint16_t* to) {
   // Beyond the last row it is taken again: nobody reads those sums.
-  const float* from = weight + at_most(block * split::kWide + line, p.outputs - 1) * p.depth + step * split::kDepth;
+  const float* from = weight + least(block * split::kWide + line, p.outputs - 1) * p.depth + step * split::kDepth;
   const int64_t depth = p.depth - step * split::kDepth;
   if (depth >= count * split::kDepth) {
     for (int64_t i = 0; i < count; ++i)
       split::cut_along(load(from + i * split::kDepth), load(from + i * split::kDepth + kLanes), to + i * split::kStep);
     return;
   }
-  for (int64_t i = 0; i < count; ++i, from += split::kDepth) {
-    const int64_t left = depth - i * split::kDepth;
-    split::cut_along(split::load_up_to(from, left), left > kLanes ? split::load_up_to(from + kLanes, left - kLanes) : zero(),
-                     to + i * split::kStep);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    split::cut_some(from + i * split::kDepth, depth - i * split::kDepth, to + i * split::kStep);
 }
 
 // Products of at most kRowsSplit rows with 32 rows of the weight for each of `blocks`.
@@ -202,13 +192,13 @@ void split_rows(const Linear& p, const Floats& t, Range rows, Range blocks) {
             split::look(lines[i], other);
           }
           transpose(lines);
-          const int64_t count = at_most(p.outputs - n, kLanes), high = at_most(rows.end - row, kLanes);
+          const int64_t count = least(p.outputs - n, kLanes), high = least(rows.end - row, kLanes);
           for (int i = 0; i < kLanes; ++i)
             if (i < high) store_first(t.y + (row + i) * p.outputs + n, lines[i], static_cast<int>(count));
         }
       });
   if (split::any(other))
-    products(p, t.inputs, weight, rows, {blocks.begin * split::kWide, at_most(blocks.end * split::kWide, p.outputs)}, t.y);
+    products(p, t.inputs, weight, rows, {blocks.begin * split::kWide, least(blocks.end * split::kWide, p.outputs)}, t.y);
 }
 
 // Each thread takes some of the rows and cuts the whole weight: what threads hand to each other costs more than cutting it
@@ -216,19 +206,19 @@ void split_rows(const Linear& p, const Floats& t, Range rows, Range blocks) {
 void forward_split(const Linear& p, const Floats& t, int64_t row_count, int threads) {
   const int64_t bytes = split::steps_of(p.depth) * split::kStep * 2;  // of sixteen rows in pieces
   int64_t most = kSplitBytes / bytes / 2 * split::kWide;
-  most = most < split::kWide ? split::kWide : at_most(most, kRowsSplit);
+  most = most < split::kWide ? split::kWide : least(most, kRowsSplit);
   const int64_t units = (row_count + split::kWide - 1) / split::kWide, blocks = (p.outputs + split::kWide - 1) / split::kWide;
-  const int down = static_cast<int>(at_most(threads, units)), across = static_cast<int>(at_most(threads / down, blocks));
+  const int down = static_cast<int>(least(threads, units)), across = static_cast<int>(least(threads / down, blocks));
   parallel(threads, [&](int thread, int team) {
     const Range jobs = share(down * across, thread, team);
     for (int64_t job = jobs.begin; job < jobs.end; ++job) {
       const Range mine = share(units, static_cast<int>(job / across), down);
       const Range columns = share(blocks, static_cast<int>(job % across), across);
-      const int64_t last = at_most(mine.end * split::kWide, row_count);
+      const int64_t last = least(mine.end * split::kWide, row_count);
       for (int64_t begin = mine.begin * split::kWide; begin < last; begin += most) {
-        const Range rows{begin, at_most(begin + most, last)};
+        const Range rows{begin, least(begin + most, last)};
         split_rows(p, t, rows, columns);
-        finish(p, t, rows, {columns.begin * split::kWide, at_most(columns.end * split::kWide, p.outputs)}, across == 1);
+        finish(p, t, rows, {columns.begin * split::kWide, least(columns.end * split::kWide, p.outputs)}, across == 1);
       }
     }
   });

@@ -12,6 +12,9 @@ namespace INTERFUSE_ISA {
 // Waking a team costs a few microseconds, in which one thread does about this many multiply-adds out of its cache.
 constexpr int64_t kWorthAThread = int64_t(1) << 16;
 
+// Bytes of a weight that no second-level cache holds: it comes from memory, and is read along its rows.
+constexpr int64_t kFromMemory = int64_t(8) << 20;
+
 INTERFUSE_INLINE int worth_threads(int64_t products, int threads) {
   const int64_t most = products / kWorthAThread;
   return most < 2 ? 1 : most < threads ? static_cast<int>(most) : threads;

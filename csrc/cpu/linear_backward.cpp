@@ -78,13 +78,12 @@ void product(bool split, int64_t rows, int64_t depth, int64_t columns, const flo
   }
 }
 
-// With so few rows both gradients take the time of reading and writing a matrix as large as the weight, if that comes from
-// memory: along its rows.
-constexpr int64_t kFewRows = 4, kFewRowsOfLarge = 19, kLargeBytes = int64_t(8) << 20;
+// With so few rows both gradients take the time of reading and writing a matrix as large as the weight.
+constexpr int64_t kFewRows = 4, kFewRowsOfLarge = 19;
 constexpr int64_t kColumnsRead = 4096;
 
 bool few_rows(const Linear& p) {
-  return p.rows <= kFewRows || (p.rows <= kFewRowsOfLarge && p.outputs * p.depth * 4 >= kLargeBytes);
+  return p.rows <= kFewRows || (p.rows <= kFewRowsOfLarge && p.outputs * p.depth * 4 >= kFromMemory);
 }
 
 // c (rows, columns) = a b with few rows, a dense.

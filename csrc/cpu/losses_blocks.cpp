@@ -25,7 +25,7 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t depth, const float
 template <class Read>
 INTERFUSE_INLINE void pack_panels(int64_t count, int64_t vectors, float* to, Read&& read) {
   for (int64_t first = 0; first < vectors; first += 4) {
-    const int64_t wide = smaller(4, vectors - first);
+    const int64_t wide = least(4, vectors - first);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t v = 0; v < wide; ++v, to += kLanes) store(to, read(i, first + v));
   }
@@ -36,7 +36,7 @@ INTERFUSE_INLINE void pack_panels(int64_t count, int64_t vectors, float* to, Rea
 template <class T>
 INTERFUSE_INLINE void turn_rows(const T* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   for (int64_t c = 0; c < columns; c += kLanes) {
-    const int width = static_cast<int>(smaller(kLanes, columns - c));
+    const int width = static_cast<int>(least(kLanes, columns - c));
     Vec block[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const T* at = from + i * from_row + c;
@@ -51,9 +51,9 @@ template <class T>
 void pack_rows(const Chunk& chunk, const T* rows, int64_t row_stride, bool turned, bool plain, int thread, int team) {
   const Range mine = share(turned ? (chunk.vectors + 3) / 4 : 0, thread, team);
   for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
-    const int64_t wide = smaller(4, chunk.vectors - panel * 4);
+    const int64_t wide = least(4, chunk.vectors - panel * 4);
     for (int64_t k = 0; k < chunk.depth; k += kDepth) {
-      const int64_t deep = smaller(kDepth, chunk.depth - k);
+      const int64_t deep = least(kDepth, chunk.depth - k);
       float* const to = chunk.turned + k * chunk.vectors * kLanes + panel * deep * kPanel;
       for (int64_t v = 0; v < wide; ++v) {
         const int64_t row = (panel * 4 + v) * kLanes;
@@ -64,7 +64,7 @@ void pack_rows(const Chunk& chunk, const T* rows, int64_t row_stride, bool turne
   const int64_t vectors = vectors_of(chunk.depth);
   const Range panels = share(plain ? (vectors + 3) / 4 : 0, thread, team);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-    pack_panels(chunk.rows, smaller(4, vectors - panel * 4), chunk.plain + panel * kPanel * chunk.rows,
+    pack_panels(chunk.rows, least(4, vectors - panel * 4), chunk.plain + panel * kPanel * chunk.rows,
                 [&](int64_t r, int64_t v) __attribute__((always_inline)) {
                   const int64_t column = (panel * 4 + v) * kLanes;
                   const T* at = rows + r * row_stride + column;
@@ -77,7 +77,7 @@ void add_up(const Chunk& chunk, const float* parts, int count, T* to, int thread
   const Range mine = share(chunk.vectors, thread, team);
   for (int64_t v = mine.begin; v < mine.end; ++v)
     for (int64_t k = 0; k < chunk.depth; k += kLanes) {
-      const int width = static_cast<int>(smaller(kLanes, chunk.depth - k));
+      const int width = static_cast<int>(least(kLanes, chunk.depth - k));
       Vec block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         block[i] = zero();
@@ -105,11 +105,6 @@ int64_t turned_size(int64_t rows, int64_t depth) { return split::panels_of(rows)
 int64_t plain_size(int64_t rows, int64_t depth) { return split::panels_of(depth) * split::steps_of(rows) * kStep; }
 
 template <class T>
-INTERFUSE_INLINE Vec load_some(const T* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_first(from, count > 0 ? static_cast<int>(count) : 0);
-}
-
-template <class T>
 void cut_rows(const Chunk& chunk, const T* rows, int64_t row_stride, bool turned, bool plain, int thread, int team) {
   const int64_t depth = chunk.depth, deep = split::steps_of(depth), high = split::steps_of(chunk.rows);
   const Range panels = share(turned ? split::panels_of(chunk.rows) : 0, thread, team);
@@ -119,7 +114,7 @@ void cut_rows(const Chunk& chunk, const T* rows, int64_t row_stride, bool turned
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t row = panel * kSide + i, left = row < chunk.rows ? depth - step * split::kDepth : 0;
         const T* const from = rows + (left ? row * row_stride + step * split::kDepth : 0);
-        split::cut_along(load_some(from, left), load_some(from + (left > kLanes ? kLanes : 0), left - kLanes), to + i * split::kDepth);
+        split::cut_some(from, left, to + i * split::kDepth);
       }
       split::turn(to);
     }
@@ -155,13 +150,13 @@ bool multiply_streamed(const uint16_t* kept, int64_t panels, int64_t rows, int64
         for (int64_t i = 0; i < count; ++i) {
           const int64_t left = row < rows ? depth - (step + i) * split::kDepth : 0;
           const float* const from = a + (left > 0 ? row * a_row + (step + i) * split::kDepth : 0);
-          split::cut_along(load_some(from, left), left > kLanes ? load_some(from + kLanes, left - kLanes) : zero(), to + i * kStep);
+          split::cut_some(from, left, to + i * kStep);
         }
       },
       [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
         for (int tile = 0; tile < 4; ++tile, sums += kSide * kSide) {
           const int64_t row = block * kWide + tile / 2 * kSide, column = pair * kWide + tile % 2 * kSide;
-          for (int64_t r = 0; column < columns && r < split::least(rows - row, kSide); ++r) {
+          for (int64_t r = 0; column < columns && r < least(rows - row, kSide); ++r) {
             const Vec line = load(sums + r * kSide);
             split::look(line, other);
             store(c + (row + r) * c_row + column, line);
@@ -229,7 +224,7 @@ void multiply_rows(const Chunk& chunk, const float* weight, int64_t count, float
     return;
 #endif
   for (int64_t k = 0; k < chunk.depth; k += kDepth)
-    multiply(count, smaller(kDepth, chunk.depth - k), weight + k, chunk.depth, chunk.turned + k * chunk.vectors * kLanes, 0,
+    multiply(count, least(kDepth, chunk.depth - k), weight + k, chunk.depth, chunk.turned + k * chunk.vectors * kLanes, 0,
              chunk.vectors, z, chunk.stride, k > 0);
 }
 
@@ -281,13 +276,7 @@ void InputGradient::add(bool split, const float* weight, int64_t count, const fl
 void InputGradient::add_on_matrix_units(int64_t count, const float* z, const float* turned) {
   const int64_t depth = chunk_.depth, stride = chunk_.stride, steps = split::steps_of(count), panels = split::panels_of(depth);
   uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * kStep) * 2));
-  for (int64_t k = 0; k < panels * kSide; ++k)
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t left = k < depth ? count - step * split::kDepth : 0;
-      const float* const from = turned + (left ? k * kBlockStride + step * split::kDepth : 0);
-      split::cut_along(load_some(from, left), left > kLanes ? load_some(from + kLanes, left - kLanes) : zero(),
-                       kept + (k / kSide * steps + step) * kStep + k % kSide * split::kDepth);
-    }
+  split::cut_rows(turned, kBlockStride, depth, panels * kSide, count, kept);
   const bool add = grouped_ > 0;
   const int64_t columns = chunk_.vectors * kLanes;
   split::multiply_all<false>(
@@ -305,7 +294,7 @@ void InputGradient::add_on_matrix_units(int64_t count, const float* z, const flo
       [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
         for (int tile = 0; tile < 4; ++tile, sums += kSide * kSide) {
           const int64_t column = block * kWide + tile % 2 * kSide, k = pair * kWide + tile / 2 * kSide;
-          for (int64_t r = 0; column < columns && r < split::least(depth - k, kSide); ++r) {
+          for (int64_t r = 0; column < columns && r < least(depth - k, kSide); ++r) {
             float* const to = group_ + (k + r) * stride + column;
             store(to, add ? load(to) + load(sums + r * kSide) : load(sums + r * kSide));
           }

@@ -30,7 +30,6 @@ constexpr int64_t kGroup = 4;
 
 constexpr float kLowest = -3.4028235e38f;
 
-INTERFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INTERFUSE_INLINE int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
 
 // exp(x) for x far below what overflows; a NaN stays. One instruction scales by any power of two where there is one.
@@ -49,7 +48,7 @@ bool on_matrix_units(int64_t rows, int64_t classes, int64_t depth);
 // Classes of a block: as many blocks as give every thread some, where there are few classes; whole tiles.
 INTERFUSE_INLINE int64_t block_of(int64_t classes, int threads, bool split) {
   const int64_t tile = split ? 32 : 6, most = kBlock / tile * tile;
-  return smaller(most, (classes + threads * tile - 1) / (threads * tile) * tile);
+  return least(most, (classes + threads * tile - 1) / (threads * tile) * tile);
 }
 
 // Rows of a chunk, at most `most`: as many in each, since a last chunk of few would read the weight for little.

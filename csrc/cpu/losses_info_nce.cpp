@@ -99,17 +99,17 @@ class Kernel {
   template <class Body>
   INTERFUSE_INLINE void each_block(int thread, int team, Body&& body) const {
     const Range mine = share(blocks_, thread, team);
-    for (int64_t b = mine.begin; b < mine.end; ++b) body(b * block_, smaller(block_, rows_ - b * block_));
+    for (int64_t b = mine.begin; b < mine.end; ++b) body(b * block_, least(block_, rows_ - b * block_));
   }
 
   // step() for each chunk of rows, packed.
   template <class Step>
   void each_chunk(bool turned, bool plain, Step&& step) {
     chunk_.depth = depth_;
-    chunk_.make_room(smaller(chunk_rows_, rows_));
+    chunk_.make_room(least(chunk_rows_, rows_));
     kept_before_ = 0;
     for (int64_t first = 0; first < rows_; first += chunk_rows_) {
-      chunk_.start(first, smaller(chunk_rows_, rows_ - first));
+      chunk_.start(first, least(chunk_rows_, rows_ - first));
       parallel(threads_, [&](int thread, int team) { pack(chunk_, matrix_[0] + first * depth_, depth_, turned, plain, thread, team); });
       step();
       kept_before_ += rows_ * chunk_.stride;
@@ -125,7 +125,7 @@ class Kernel {
   // ---- forward
 
   void forward() {
-    const int64_t stride = stride_of(smaller(chunk_rows_, rows_));
+    const int64_t stride = stride_of(least(chunk_rows_, rows_));
     float* const room = scratch_floats(Slot::rows, 2 * threads_ * stride + 3 * rows_);
     top_ = room, sum_ = room + threads_ * stride;
     own_ = sum_ + threads_ * stride, column_top_ = own_ + rows_, column_sum_ = column_top_ + rows_;
@@ -247,7 +247,7 @@ class Kernel {
   // ---- backward
 
   void backward() {
-    const int64_t stride = stride_of(smaller(chunk_rows_, rows_)), wide = rows_ * depth_;
+    const int64_t stride = stride_of(least(chunk_rows_, rows_)), wide = rows_ * depth_;
     const bool first = call_.grad_a || call_.along, second = call_.grad_b;
     const bool direct = sizeof(T) == 4 && !spec_.normalize && scale_ == 1.f;
     float* const room = scratch_floats(Slot::rows, 4 * (rows_ + kLanes) + rows_);

@@ -42,8 +42,7 @@ struct SplitProduct {
     int64_t left = p.depth - step * split::kDepth;
     for (; count > 0 && left >= split::kDepth; --count, left -= split::kDepth, row += split::kDepth, to += split::kStep)
       split::cut_along(load(row), load(row + kLanes), to);
-    if (count > 0)
-      split::cut_along(split::load_up_to(row, left), left > kLanes ? split::load_up_to(row + kLanes, left - kLanes) : zero(), to);
+    if (count > 0) split::cut_some(row, left, to);
   }
 
   // What something infinite or no number has spoilt, as the vector units give it.

@@ -17,18 +17,7 @@ using split::kWide;
 // Rows of a that are kept in pieces; b is cut once for all of them.
 constexpr int64_t kRowsAtOnce = 256;
 
-void cut_rows(const float* a, int64_t a_row, int64_t rows, int64_t depth, uint16_t* to) {
-  const int64_t steps = split::steps_of(depth);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t step = 0; step < steps; ++step) {
-      const float* const from = a + r * a_row + step * kDepth;
-      const int64_t left = depth - step * kDepth;
-      split::cut_along(split::load_up_to(from, left), split::second_half(from, left),
-                       to + (r / kSide * steps + step) * kStep + r % kSide * kDepth);
-    }
-}
-
-// The same of a matrix that lies transposed: its rows stand side by side, a_step apart along the depth.
+// As split::cut_rows, of a matrix that lies transposed: its rows stand side by side, a_step apart along the depth.
 void cut_turned_rows(const float* a, int64_t a_step, int64_t rows, int64_t depth, uint16_t* to) {
   const int64_t steps = split::steps_of(depth);
   for (int64_t step = 0; step < steps; ++step)
@@ -37,7 +26,7 @@ void cut_turned_rows(const float* a, int64_t a_step, int64_t rows, int64_t depth
       for (int half = 0; half < 2; ++half) {
         const int64_t k = step * kDepth + half * kSide;
         const float* const from = a + k * a_step + row;
-        for (int i = 0; i < kLanes; ++i) halves[half][i] = split::load_up_to(from + i * a_step, k + i < depth ? rows - row : 0);
+        for (int i = 0; i < kLanes; ++i) halves[half][i] = load_some(from + i * a_step, k + i < depth ? rows - row : 0);
         transpose(halves[half]);
       }
       uint16_t* const panel = to + (row / kSide * steps + step) * kStep;
@@ -52,9 +41,9 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
   const int64_t steps = split::steps_of(depth);
   IVec other{};
   for (int64_t begin = 0; begin < rows; begin += kRowsAtOnce) {
-    const int64_t high = split::least(rows - begin, kRowsAtOnce), panels = split::panels_of(high);
+    const int64_t high = least(rows - begin, kRowsAtOnce), panels = split::panels_of(high);
     uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * kStep) * 2));
-    if (a_step == 1) cut_rows(a + begin * a_row, a_row, high, depth, kept);
+    if (a_step == 1) split::cut_rows(a + begin * a_row, a_row, high, high, depth, kept);
     else cut_turned_rows(a + begin, a_step, high, depth, kept);
     split::Product product{kept, steps, {0, panels / 2}, {0, (columns + kWide - 1) / kWide}, nullptr, nullptr};
     product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
@@ -69,15 +58,15 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
             // 128 bytes of a row at a time are no stream that the processor would fetch by itself.
             __builtin_prefetch(from + kWide, 0, 2);
             if (k + 1 < depth) __builtin_prefetch(from + b_row + kWide, 0, 2);
-            split::cut_across(k < depth ? split::load_up_to(from, left) : zero(),
-                              k + 1 < depth ? split::load_up_to(from + b_row, left) : zero(), to + i * kStep);
+            split::cut_across(k < depth ? load_some(from, left) : zero(),
+                              k + 1 < depth ? load_some(from + b_row, left) : zero(), to + i * kStep);
           }
         },
         [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
           for (int tile = 0; tile < 4; ++tile, sums += kSide * kSide) {
             const int64_t column = block * kWide + tile % 2 * kSide, row = pair * kWide + tile / 2 * kSide;
-            const int count = static_cast<int>(split::least(columns - column, kSide));
-            for (int64_t r = 0; count > 0 && r < split::least(high - row, kSide); ++r) {
+            const int count = static_cast<int>(least(columns - column, kSide));
+            for (int64_t r = 0; count > 0 && r < least(high - row, kSide); ++r) {
               const Vec line = load(sums + r * kSide);
               split::look(line, other);
               float* const to = c + (begin + row + r) * c_row + column;

@@ -52,12 +52,6 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Up to 16 floats, then zeros.
-INTERFUSE_INLINE Vec load_up_to(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  return load_first(from, count > 0 ? static_cast<int>(count) : 0);
-}
-
 struct Pieces {
   __m512i bits[3];  // in the upper halves of the lanes
 };
@@ -72,11 +66,6 @@ INTERFUSE_INLINE Pieces pieces(Vec x) {
   return p;
 }
 
-// The other sixteen of up to 32 floats.
-INTERFUSE_INLINE Vec second_half(const float* from, int64_t count) {
-  return count > kLanes ? load_up_to(from + kLanes, count - kLanes) : zero();
-}
-
 // 32 numbers along the depth, one row of each piece's tile.
 INTERFUSE_INLINE void store_along(const Pieces& a, const Pieces& b, uint16_t* to) {
   alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
@@ -86,6 +75,24 @@ INTERFUSE_INLINE void store_along(const Pieces& a, const Pieces& b, uint16_t* to
     _mm512_store_si512(to + i * kTile, _mm512_permutex2var_epi16(a.bits[i], upper, b.bits[i]));
 }
 INTERFUSE_INLINE void cut_along(Vec first, Vec second, uint16_t* to) { store_along(pieces(first), pieces(second), to); }
+
+// What there is of 32 numbers when `left` are left, perhaps none, and zeros for the others.
+template <class T>
+INTERFUSE_INLINE void cut_some(const T* from, int64_t left, uint16_t* to, float factor = 1) {
+  cut_along(load_some(from, left) * factor, left > kLanes ? load_some(from + kLanes, left - kLanes) * factor : zero(), to);
+}
+
+// All of a kept factor's rows, as panels; those from `rows` to `high` become zeros.
+INTERFUSE_INLINE void cut_rows(const float* from, int64_t stride, int64_t rows, int64_t high, int64_t depth, uint16_t* to,
+                               float factor = 1) {
+  const int64_t steps = steps_of(depth);
+  for (int64_t r = 0; r < high; ++r)
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t left = r < rows ? depth - step * kDepth : 0;
+      uint16_t* const line = to + (r / kSide * steps + step) * kStep + r % kSide * kDepth;
+      cut_some(from + (left ? r * stride + step * kDepth : 0), left, line, factor);
+    }
+}
 
 // Two neighbours in depth, sixteen numbers across: the second factor has them in pairs.
 INTERFUSE_INLINE void store_across(const Pieces& a, const Pieces& b, uint16_t* to) {
@@ -230,8 +237,6 @@ INTERFUSE_INLINE void join_sums(float* sums, const float* fresh, bool first) {
 struct Place {
   int64_t part, block, step;
 };
-
-INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The place `steps` further on: along the depth of a part, then the next block, then the next part.
 INTERFUSE_INLINE Place after(const Product& p, int64_t part, Place at, int64_t steps) {
