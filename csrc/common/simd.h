@@ -39,6 +39,8 @@ typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));  // also the type
 
 INTERFUSE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INTERFUSE_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+INTERFUSE_INLINE int64_t divide_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+INTERFUSE_INLINE int64_t round_up(int64_t count, int64_t unit) { return divide_up(count, unit) * unit; }
 
 INTERFUSE_INLINE Vec zero() { return Vec{}; }
 // Subtracting zero is the one arithmetic identity that holds for every float, so this folds to a broadcast.

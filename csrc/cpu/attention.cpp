@@ -78,7 +78,7 @@ class Worker {
     queries_here_ = {begin, end};
     keys_here_ = a_.kv_lengths ? a_.kv_lengths[b] : p_.keys;
     first_head_ = head;
-    const int64_t tiles = (end - begin + kRows - 1) / kRows;
+    const int64_t tiles = divide_up(end - begin, kRows);
     for (int64_t first = 0; first < tiles; first += capacity_) pass(b, head / p_.group(), first, least(first + capacity_, tiles));
   }
 

@@ -115,7 +115,7 @@ class Worker {
     grad_k_ = scratch_floats(Slot::gradient, keys * (e_row_ + v_row_));
     grad_v_ = grad_k_ + keys * e_row_;
     memset(grad_k_, 0, static_cast<size_t>(keys * (e_row_ + v_row_)) * 4);
-    const int64_t all = (queries_here_ + kRows - 1) / kRows * p_.group();
+    const int64_t all = divide_up(queries_here_, kRows) * p_.group();
     for (int64_t first = 0; first < all; first += tiles_) pass(piece, first, least(all - first, tiles_));
     store_keys(piece);
   }

@@ -15,7 +15,6 @@ constexpr int kPanel = 2 * kLanes;        // keys, or columns of the values, bes
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-INTERFUSE_INLINE int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INTERFUSE_INLINE float infinity() { return __builtin_inff(); }
 
 // The caller's rows: `count` of `width` elements, `stride` apart.

@@ -49,7 +49,7 @@ struct QueryRows {
 
 // Number `index` of the tiles of `size` rows that some heads' query rows, the same ones of each, are divided into.
 INTERFUSE_INLINE QueryRows query_rows(int64_t batch, int64_t first_head, Range queries, int64_t size, int64_t index) {
-  const int64_t tiles = (queries.end - queries.begin + size - 1) / size, query = queries.begin + index % tiles * size;
+  const int64_t tiles = divide_up(queries.end - queries.begin, size), query = queries.begin + index % tiles * size;
   return {batch, first_head + index / tiles, query, least(queries.end - query, size)};
 }
 

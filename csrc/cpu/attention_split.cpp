@@ -92,7 +92,7 @@ class SplitWorker {
   Tile tile_at(int64_t b, int64_t kv_head, int64_t begin, int64_t index, int64_t key, int64_t keys) const {
     const QueryRows rows = query_rows(b, kv_head * p_.group(), {0, queries_here_}, kWide, begin + index);
     const int64_t columns = keys_read(p_, rows.query + rows.count - 1, key, keys);
-    return {rows, index, columns, (columns + kWide - 1) / kWide};
+    return {rows, index, columns, divide_up(columns, kWide)};
   }
 
   void pass(int64_t b, int64_t kv_head, int64_t begin, int64_t end, AttentionRows again) {
@@ -147,7 +147,7 @@ class SplitWorker {
   // Values that are not there are zeros: they meet probabilities of zero.
   void cut_values(int64_t b, int64_t kv_head, int64_t key, int64_t keys) {
     const float* const v = static_cast<const float*>(a_.v) + p_.v.at(b, kv_head) + key * p_.v.row;
-    const int64_t depth = (keys + kWide - 1) / kWide;
+    const int64_t depth = divide_up(keys, kWide);
     for (int64_t row = 0; row < depth * kWide; row += 2)
       for (int64_t panel = 0; panel < 2 * value_pairs_; ++panel) {
         const int64_t left = p_.value_dim - panel * kSide;
@@ -162,7 +162,7 @@ class SplitWorker {
 
   // All tiles of the pass over one block of keys.
   void attend(int64_t b, int64_t kv_head, int64_t begin, int64_t count, int64_t key, int64_t keys) {
-    const int64_t depth = (keys + kWide - 1) / kWide;
+    const int64_t depth = divide_up(keys, kWide);
     Tile tiles[kMostTiles + 1];
     int64_t n = 0;
     for (int64_t t = 0; t < count; ++t) {
@@ -182,7 +182,7 @@ class SplitWorker {
       }
       if (i + 1 < n) slots += 6 * tiles[i + 1].pairs * steps_;
       if (i > 0) slots += 6 * tiles[i - 1].pairs * value_pairs_;
-      const int64_t each = slots ? (softening.rows * softening.pairs + slots - 1) / slots : 0;
+      const int64_t each = slots ? divide_up(softening.rows * softening.pairs, slots) : 0;
       const auto work = [&]() __attribute__((always_inline)) { softening.some(each); };
       if (i + 1 < n) score(tiles[i + 1], scores_[(i + 1) % 2], work);
       if (i > 0) weighted_sum(tiles[i - 1], probabilities_[(i - 1) % 2], depth, work);

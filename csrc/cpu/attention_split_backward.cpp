@@ -67,11 +67,11 @@ class SplitWorker {
     const int64_t length = a_.in.kv_lengths ? a_.in.kv_lengths[b] : p_.keys;
     end_ = greatest(least(piece.end, length), piece.begin);
     other_ = IVec{};
-    const int64_t pairs = (end_ - piece.begin + kWide - 1) / kWide;
+    const int64_t pairs = divide_up(end_ - piece.begin, kWide);
     grad_k_ = scratch_floats(Slot::gradient, pairs * (e_ + v_) * kSums);
     grad_v_ = grad_k_ + pairs * e_ * kSums;
     memset(grad_k_, 0, static_cast<size_t>(pairs * (e_ + v_) * kSums) * 4);
-    const int64_t all = (queries_here_ + kWide - 1) / kWide * p_.group();
+    const int64_t all = divide_up(queries_here_, kWide) * p_.group();
     for (int64_t first = 0; first < all; first += capacity_) pass(piece, first, least(all - first, capacity_));
     store_keys(piece);
     return !split::any(other_);
@@ -165,7 +165,7 @@ class SplitWorker {
   // Every tile of the pass with every block of these keys.
   void attend(const AttentionPiece& piece, int64_t first, int64_t count, int64_t key, int64_t keys) {
     const int64_t pairs = split::panels_of(keys) / 2;
-    const int blocks = static_cast<int>((pairs + kBlockPairs - 1) / kBlockPairs);
+    const int blocks = static_cast<int>(divide_up(pairs, kBlockPairs));
     for (int number = 0; number < blocks; ++number) {
       const Range mine = share(pairs, number, blocks);
       const Block block{mine.begin, mine.end - mine.begin, (key - piece.begin) / kWide + mine.begin};

@@ -27,7 +27,6 @@ constexpr int64_t kLeastTiles = 48;                // of such a strip: each read
 constexpr int64_t kLeastTilesOfThread = 32, kPointsPerTile = 5000;
 constexpr int64_t kLeastPixels = 256;              // of such a strip, so that loading the sums does not count
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void set(int64_t to[3], const Triple& t) { to[0] = t.d, to[1] = t.h, to[2] = t.w; }
 
@@ -86,9 +85,9 @@ void choose_tile(BackwardPlan& plan, int64_t images) {
 // Strips of about so many pixels, all of an image's axis in equal parts, or several images.
 void choose_strip(BackwardPlan& plan, int64_t images, int64_t pixels) {
   const int64_t steps = plan.count[plan.axis], per_step = plan.count[0] * plan.count[1] * plan.count[2] / steps;
-  plan.strip_steps = least(most(pixels / per_step, 1), steps);
+  plan.strip_steps = least(greatest(pixels / per_step, 1), steps);
   plan.strip_steps = divide_up(steps, divide_up(steps, plan.strip_steps));
-  plan.strip_images = plan.strip_steps < steps ? 1 : most(least(pixels / (per_step * steps), images), 1);
+  plan.strip_images = plan.strip_steps < steps ? 1 : greatest(least(pixels / (per_step * steps), images), 1);
 }
 
 // What every method needs to know; its parts are `window` large.
@@ -110,7 +109,7 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
   plan.uncovered_columns =
       p.window_stride.w > p.window.w || (p.out.w - 1) * p.window_stride.w - p.window_pad.w + p.window.w < p.conv.w;
   plan.taps = p.kernel.volume();
-  plan.unit_groups = planes ? least(most(kLanes / most(p.group_in, p.group_out), 1), p.groups) : 1;
+  plan.unit_groups = planes ? least(greatest(kLanes / greatest(p.group_in, p.group_out), 1), p.groups) : 1;
   plan.units = divide_up(p.groups, plan.unit_groups);
   const Triple one{1, 1, 1}, none{0, 0, 0};
   if (method == Method::winograd) {
@@ -128,7 +127,7 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
     plan.lanes = divide_up(p.group_in, kLanes) * kLanes;
     plan.k_padded = divide_up(p.group_out, kLanes) * kLanes;
     plan.panel = panel_width(plan.lanes);
-    choose_strip(plan, p.batch, most(kPointFloats / (36 * (plan.lanes + plan.k_padded)), kLeastTiles));
+    choose_strip(plan, p.batch, greatest(kPointFloats / (36 * (plan.lanes + plan.k_padded)), kLeastTiles));
     return plan;
   }
   plan.lanes = p.group_in > kLanes && divide_up(p.group_in, kLanes) % 2 == 0 ? 2 * kLanes : kLanes;
@@ -141,11 +140,11 @@ BackwardPlan make_plan(const ConvPool& p, const ConvPoolBackward& a, Method meth
     plan.patch = divide_up(p.group_in * plan.taps, kLanes) * kLanes;
     set_windows(plan, p.out, p.window, p.window_stride, none);
     choose_strip(plan, p.batch,
-                 most(kPlanesFloats / (p.group_in * p.stride.volume() * p.window.volume()), kLeastWindows));
+                 greatest(kPlanesFloats / (p.group_in * p.stride.volume() * p.window.volume()), kLeastWindows));
   } else {
     set_windows(plan, p.conv, one, one, none);
     const int64_t channels = plan.unit_groups * (p.group_out + (planes ? p.group_in : 0));
-    choose_strip(plan, p.batch, most(kGradientFloats / channels, kLeastPixels));
+    choose_strip(plan, p.batch, greatest(kGradientFloats / channels, kLeastPixels));
   }
   return plan;
 }
@@ -183,7 +182,7 @@ bool sums_by_channels(const BackwardPlan& plan) {
 
 bool takes_winograd(const BackwardPlan& plan) {
   const int64_t tiles = plan.p->batch * plan.count[0] * plan.count[1] * plan.count[2];
-  const int64_t least_tiles = most(kLeastTilesOfThread, plan.weight_floats() / plan.p->groups / kPointsPerTile);
+  const int64_t least_tiles = greatest(kLeastTilesOfThread, plan.weight_floats() / plan.p->groups / kPointsPerTile);
   return tiles >= least_tiles * plan.a->threads && !sums_by_channels(plan);
 }
 

@@ -51,14 +51,13 @@ void pixels_to_pixels(const float* from, int64_t pixel_step, int64_t channels, i
     for (int64_t c = 0; c < channels; c += kLanes) store_some(to + c, load(from + c), channels - c);
 }
 
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 void pack_input_as(const BackwardPlan& plan, const Strip& strip, int64_t channel, int64_t channels, float* to) {
   const ConvPool& p = *plan.p;
   const int64_t lanes = plan.lanes, width = strip.size[2];
-  const int64_t w0 = least(most(plan.pad[2] - strip.lo[2], 0), width);
-  const int64_t w1 = most(least(plan.in[2] + plan.pad[2] - strip.lo[2], width), w0);
+  const int64_t w0 = least(greatest(plan.pad[2] - strip.lo[2], 0), width);
+  const int64_t w1 = greatest(least(plan.in[2] + plan.pad[2] - strip.lo[2], width), w0);
   for (int64_t n = strip.image; n < strip.image + strip.images; ++n)
     for (int64_t d = strip.lo[0] - plan.pad[0]; d < strip.lo[0] - plan.pad[0] + strip.size[0]; ++d)
       for (int64_t h = strip.lo[1] - plan.pad[1]; h < strip.lo[1] - plan.pad[1] + strip.size[1];
@@ -81,12 +80,12 @@ void store_input_gradient_as(const BackwardPlan& plan, const Strip& strip, int64
   const ConvPool& p = *plan.p;
   int64_t lo[3], hi[3];
   for (int i = 0; i < 3; ++i) {
-    lo[i] = i == plan.axis ? most(begin - plan.pad[i], 0) : 0;
+    lo[i] = i == plan.axis ? greatest(begin - plan.pad[i], 0) : 0;
     hi[i] = i == plan.axis ? least(end - plan.pad[i], plan.in[i]) : plan.in[i];
   }
   if (hi[2] <= lo[2]) return;
   // x may reach beyond the last window: no gradient there.
-  const int64_t w = lo[2] + plan.pad[2] - strip.lo[2], run = most(least(strip.size[2] - w, hi[2] - lo[2]), 0);
+  const int64_t w = lo[2] + plan.pad[2] - strip.lo[2], run = greatest(least(strip.size[2] - w, hi[2] - lo[2]), 0);
   const int64_t rest = hi[2] - lo[2] - run;
   for (int64_t n = 0; n < strip.images; ++n)
     for (int64_t d = lo[0]; d < hi[0]; ++d)

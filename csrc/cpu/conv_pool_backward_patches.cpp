@@ -19,7 +19,7 @@ constexpr int kWinners = 64;           // output channels whose winners one mask
 constexpr int64_t kWindowsOfSum = 96;  // windows that the sums take before they are added up: short chains of rounding
 
 
-int64_t k_lanes_of(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+int64_t k_lanes_of(int64_t channels) { return round_up(channels, kLanes); }
 
 // Which lanes hold the place.
 INTERFUSE_INLINE uint64_t lanes_at(const int32_t* places, int32_t place) {

@@ -9,7 +9,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 const float* output_gradient(const BackwardPlan& plan, int64_t at, int64_t count, float* row) {
@@ -24,7 +23,7 @@ struct Cover {
 };
 Cover covering(int64_t at, int64_t window, int64_t step, int64_t pad, int64_t count) {
   const int64_t past = at + pad - window + 1;  // the first window that starts early enough ends here or later
-  return {past > 0 ? (past + step - 1) / step : 0, least((at + pad) / step + 1, count)};
+  return {past > 0 ? divide_up(past, step) : 0, least((at + pad) / step + 1, count)};
 }
 
 // The activation's slope at each pixel, behind average pooling. What lies under no window has no gradient, and forward
@@ -58,7 +57,7 @@ void add_window(const BackwardPlan& plan, const WindowRow& from, int64_t i, int6
     return;
   }
   const float share = from.gradient[i] / window_at(p, from.d, from.h, window).divisor;
-  for (int64_t at = most(start, 0); at < least(start + p.window.w, run); ++at) row[at] += share;
+  for (int64_t at = greatest(start, 0); at < least(start + p.window.w, run); ++at) row[at] += share;
 }
 
 // Whole windows, two wide and side by side: one pass without branches.
@@ -96,7 +95,7 @@ void add_windows(const BackwardPlan& plan, const WindowRow& from, int64_t begin,
     const float divisor = p.pool == INTERFUSE_POOL_AVG ? window_at(p, from.d, from.h, whole_begin).divisor : 1.f;
     add_pairs(plan, from, whole_begin - begin, whole_end - begin, divisor, row + 2 * whole_begin - w);
   }
-  for (int64_t o = most(whole_end, whole_begin); o < end; ++o) add_window(plan, from, o - begin, o, w, run, row);
+  for (int64_t o = greatest(whole_end, whole_begin); o < end; ++o) add_window(plan, from, o - begin, o, w, run, row);
 }
 
 // `run` pixels from w on of row (n, d, h), and the windows that cover any of them: the same for all channels.

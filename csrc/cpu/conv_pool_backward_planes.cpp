@@ -12,7 +12,6 @@ constexpr int kMostChannels = 4;  // input channels that the input kernel takes 
 constexpr int kMostTaps = kRegisters == 32 ? 4 : 3;
 constexpr int kMostRows = 4;      // output channels that the weight kernel takes at once
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A source is one kernel tap's share in a row of grad_x: a row of the gradient, shifted, for all output channels, and
 // their weights. grad_x[c][q] += weight[k][c] * gradient[k][column + q] over all sources and output channels, for C

@@ -6,7 +6,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // to[channel][i] = from[i][channel].
 template <class T>
@@ -45,7 +44,7 @@ template <class T>
 void pack_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int64_t channel, int64_t channels,
              float* to, float* row) {
   const ConvPool& p = *plan.p;
-  const int64_t phases = plan.stride[2], w0 = least(most(plan.pad[2] - strip.lo[2], 0), strip.size[2]);
+  const int64_t phases = plan.stride[2], w0 = least(greatest(plan.pad[2] - strip.lo[2], 0), strip.size[2]);
   const int64_t w1 = least(plan.in[2] + plan.pad[2] - strip.lo[2], strip.size[2]), run = w1 - w0;
   memset(to, 0, static_cast<size_t>(channels * s.channel) * sizeof(float));
   if (run <= 0) return;
@@ -76,13 +75,13 @@ void store_as(const BackwardPlan& plan, const Strip& strip, const Planes& s, int
   const int64_t phases = plan.stride[2];
   int64_t lo[3], hi[3];
   for (int i = 0; i < 3; ++i) {
-    lo[i] = i == plan.axis ? most(begin - plan.pad[i], 0) : 0;
+    lo[i] = i == plan.axis ? greatest(begin - plan.pad[i], 0) : 0;
     hi[i] = i == plan.axis ? least(end - plan.pad[i], plan.in[i]) : plan.in[i];
   }
   const int64_t run = hi[2] - lo[2], volume = plan.in[0] * plan.in[1] * plan.in[2];
   if (run <= 0) return;
   // x may reach beyond the last pixel's kernel: no gradient there.
-  const int64_t w = lo[2] + plan.pad[2] - strip.lo[2], valid = most(least(strip.size[2] - w, run), 0);
+  const int64_t w = lo[2] + plan.pad[2] - strip.lo[2], valid = greatest(least(strip.size[2] - w, run), 0);
   for (int64_t n = 0; n < strip.images; ++n)
     for (int64_t d = lo[0]; d < hi[0]; ++d)
       for (int64_t h = lo[1]; h < hi[1]; ++h) {

@@ -117,11 +117,11 @@ INTERFUSE_INLINE void for_each_group(const BackwardPlan& plan, const Strip& stri
   const int64_t width = joined ? plan.kernel[2] : 1;
   const int64_t vectors = width * plan.lanes / kLanes, rows = plan.taps / width;
   for (int64_t v = 0; v < vectors;) {
-    const int64_t pieces = (vectors - v + kMostVectors - 1) / kMostVectors;
-    const int size = static_cast<int>((vectors - v + pieces - 1) / pieces);
+    const int64_t pieces = divide_up(vectors - v, kMostVectors);
+    const int size = static_cast<int>(divide_up(vectors - v, pieces));
     for (int64_t r = 0; r < rows;) {
       const int64_t groups = (rows - r + most_rows(size) - 1) / most_rows(size);
-      const int height = static_cast<int>((rows - r + groups - 1) / groups);
+      const int height = static_cast<int>(divide_up(rows - r, groups));
       Group group;
       group.kernels = &kKernels[size - 1][height - 1];
       for (int i = 0; i < height; ++i) {

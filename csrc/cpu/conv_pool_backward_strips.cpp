@@ -10,8 +10,6 @@ namespace interfuse {
 namespace INTERFUSE_ISA {
 namespace {
 
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void set_steps(const BackwardPlan& plan, Strip* s) {
   s->step[2] = plan.lanes;
@@ -89,7 +87,7 @@ class Worker {
       s.floats = in_channels() * planes_.channel;
       const Slab slab = slab_of(s, 0, carry_rows());
       carried = slab.count * slab.length;
-      const int64_t row = most(kLanes * 4, 2 * in_channels()) * most(plan_.in[2], plan_.conv[2]);
+      const int64_t row = greatest(kLanes * 4, 2 * in_channels()) * greatest(plan_.in[2], plan_.conv[2]);
       sources_ = static_cast<PlaneSource*>(scratch(Slot::rows, static_cast<size_t>(plan_.taps) * sizeof(PlaneSource) +
                                                                    static_cast<size_t>(row) * sizeof(float)));
       row_ = reinterpret_cast<float*>(sources_ + plan_.taps);
@@ -97,7 +95,7 @@ class Worker {
       gradient_ = scratch_floats(Slot::products,
                                  patches ? patches_floats(plan_, channels_) : s.images * planes_.gradient_floats());
     } else if (plan_.method == Method::dense) {
-      const int64_t pixels = pixels_of(s), row = 2 * most(most(plan_.conv[2], p_.out.w), p_.group_out) + kLanes;
+      const int64_t pixels = pixels_of(s), row = 2 * greatest(greatest(plan_.conv[2], p_.out.w), p_.group_out) + kLanes;
       gradient_ = scratch_floats(Slot::products, divide_up(channels_, kBlock) * kBlock * pixels);
       row_ = scratch_floats(Slot::rows, row + pixels);
       offsets_ = reinterpret_cast<int32_t*>(row_ + row);
@@ -137,7 +135,7 @@ class Worker {
       : plan_.method == Method::patches  ? patches_unit(s, weights, biases)
       : plan_.method == Method::winograd ? tiles_unit(s, unit, weights, biases)
                                          : packed_unit(s, unit, weights, biases);
-    carried_ = most(s.lo[plan_.axis] + s.size[plan_.axis] - finished_end(s), 0);
+    carried_ = greatest(s.lo[plan_.axis] + s.size[plan_.axis] - finished_end(s), 0);
   }
 
   void packed_unit(const Strip& s, int64_t group, bool weights, bool biases) {
@@ -168,7 +166,7 @@ class Worker {
         sparse
             ? sparse_input_gradient(plan_, s, lists_, plan_.packed_weight + base, grad_x_)
             : dense_input_gradient(plan_, s, gradient_, offsets_, pixels, blocks, plan_.packed_weight + base, grad_x_);
-        store_input_gradient(plan_, s, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s),
+        store_input_gradient(plan_, s, channel, in_channels, greatest(finished_begin(s), first_row_), finished_end(s),
                              grad_x_);
         suspend(s, carry);
       }
@@ -197,7 +195,7 @@ class Worker {
       planes_input_gradient(plan_, s, planes_, gradient_ + g * split * planes_.gradient_channel, split,
                             plan_.packed_weight + (group + g) * plan_.taps * p_.group_out * p_.group_in,
                             grad_x_ + g * p_.group_in * planes_.channel, sources_);
-    store_planes(plan_, s, planes_, channel, in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_,
+    store_planes(plan_, s, planes_, channel, in_channels, greatest(finished_begin(s), first_row_), finished_end(s), grad_x_,
                  row_);
     suspend(s, carry);
   }
@@ -209,7 +207,7 @@ class Worker {
     patches_gradients(plan_, s, planes_, task_.k_begin, channels_, x_, weights ? task_.grad_weight : nullptr,
                       task_.grad_x ? grad_x_ : nullptr, biases ? task_.grad_bias : nullptr, gradient_);
     if (!task_.grad_x) return;
-    store_planes(plan_, s, planes_, 0, p_.in_channels, most(finished_begin(s), first_row_), finished_end(s), grad_x_,
+    store_planes(plan_, s, planes_, 0, p_.in_channels, greatest(finished_begin(s), first_row_), finished_end(s), grad_x_,
                  row_);
     suspend(s, carry_);
   }
@@ -231,7 +229,7 @@ class Worker {
     Vec check = zero();
     for (int64_t i = 0; i < s.floats; i += kLanes) check = multiply_add(load(grad_x_ + i), zero(), check);
     if (!is_finite(check)) plan_.mark_broken();
-    store_input_gradient(plan_, s, channel, p_.group_in, most(finished_begin(s), first_row_), finished_end(s), grad_x_);
+    store_input_gradient(plan_, s, channel, p_.group_in, greatest(finished_begin(s), first_row_), finished_end(s), grad_x_);
     suspend(s, carry);
   }
 
@@ -239,7 +237,7 @@ class Worker {
 
   int64_t carry_rows() const {
     const int i = plan_.axis;
-    return most(0, (plan_.window[i] - 1 - plan_.window_stride[i]) * plan_.stride[i] + plan_.reach(i));
+    return greatest(0, (plan_.window[i] - 1 - plan_.window_stride[i]) * plan_.stride[i] + plan_.reach(i));
   }
   // The rows that no later strip adds to.
   int64_t finished_begin(const Strip& s) const { return s.begin == 0 ? 0 : s.lo[plan_.axis]; }

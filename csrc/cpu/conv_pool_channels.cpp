@@ -52,7 +52,7 @@ double row_cost(int64_t width, int vectors) {
 }
 
 double group_cost(const ConvPool& p, int vectors) {
-  const int64_t needed = ceil_div(p.group_out, kLanes), whole = needed / vectors, rest = needed % vectors;
+  const int64_t needed = divide_up(p.group_out, kLanes), whole = needed / vectors, rest = needed % vectors;
   return static_cast<double>(whole) * row_cost(p.conv.w, vectors) +
          (rest ? row_cost(p.conv.w, static_cast<int>(rest)) : 0);
 }
@@ -84,7 +84,7 @@ Strides copy_strides(const ConvPool& p, const Triple& conv) {
     return s;
   }
   s.w = 1, s.h = in.w, s.d = in.h * s.h;
-  s.c = (ceil_div(in.d * s.d, 16) | 1) * 16;  // an odd number of lines: channels spread over the cache's sets
+  s.c = (divide_up(in.d * s.d, 16) | 1) * 16;  // an odd number of lines: channels spread over the cache's sets
   return s;
 }
 int64_t copy_floats(const ConvPool& p, const Triple& conv) {
@@ -99,10 +99,10 @@ Plan make_plan(const ConvPool& problem, int threads, int64_t pixel_step) {
   plan.copies = pixel_step == 0 && !reads_in_place(p);
   plan.order = {p.group_in, p.kernel.volume(), p.xs.c == 1 ? kLanes : 1, p.ws.c == 1};
   plan.vectors = choose_vectors(p);
-  plan.panels = ceil_div(p.group_out, plan.vectors * kLanes);
+  plan.panels = divide_up(p.group_out, plan.vectors * kLanes);
   const int lanes = plan.vectors * kLanes;
   const int64_t depth = plan.order.depth();
-  plan.depth_block = ceil_div(depth, ceil_div(depth, kWeightBytes / (lanes * 4)));
+  plan.depth_block = divide_up(depth, divide_up(depth, kWeightBytes / (lanes * 4)));
   // Shares of the panels, not of the pixels, where there are few pixels and many weights.
   const bool heavy = p.group_out * depth > p.group_in * p.in.volume();
   plan.cut = cut_outputs(p, threads, plan.panels, heavy, [&](const Triple& outs) {
@@ -191,7 +191,7 @@ void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, c
   const Range panels = share(plan.panels, static_cast<int>(job.share), static_cast<int>(plan.cut.shares));
   for (int64_t i = panels.begin; i < panels.end; ++i) {
     const int64_t begin = i * plan.vectors * kLanes, channels = least(plan.vectors * kLanes, p.group_out - begin);
-    const Panel panel{job.image, job.group * p.group_out + begin, static_cast<int>(ceil_div(channels, kLanes)),
+    const Panel panel{job.image, job.group * p.group_out + begin, static_cast<int>(divide_up(channels, kLanes)),
                       static_cast<int>(channels)};
     const int64_t which = job.group * plan.panels + i;
     finish_in_parts<T>(p, a, panel, job.out, plan.rows, plan.one_block(), work.parts,
@@ -210,7 +210,7 @@ void pack(const Plan& plan, const ConvPoolForward& a, float* packed, int64_t whi
   const int64_t begin = which % plan.panels * plan.vectors * kLanes, first = which / plan.panels * p.group_out + begin;
   const int64_t channels = least(plan.vectors * kLanes, p.group_out - begin);
   pack_panel(plan.order, static_cast<const T*>(a.weight) + first * plan.order.depth(),
-             static_cast<int>(ceil_div(channels, kLanes)), channels, packed + which * plan.panel_size());
+             static_cast<int>(divide_up(channels, kLanes)), channels, packed + which * plan.panel_size());
 }
 
 // A small weight is packed for every call; looking for a pack of it would take as long.
@@ -291,7 +291,7 @@ void forward(const ConvPool& problem, const ConvPoolForward& a, int threads, int
   const Plan plan = make_plan(problem, threads, pixel_step);
   const ConvPool& p = plan.p;
   const int64_t panels = plan.panels * p.groups, weight_floats = panels * plan.panel_size();
-  const int64_t offset_floats = ceil_div(plan.order.depth(), 16) * 16, bias_floats = panels * plan.vectors * kLanes;
+  const int64_t offset_floats = divide_up(plan.order.depth(), 16) * 16, bias_floats = panels * plan.vectors * kLanes;
   const bool cached = weight_floats > kCachedFloats;
   float* memory = scratch_floats(Slot::pack, offset_floats + bias_floats + (cached ? 0 : weight_floats));
   int32_t* offsets = reinterpret_cast<int32_t*>(memory);

@@ -101,10 +101,10 @@ void finish(const ConvPool& p, const ConvPoolForward& a, const Panel& panel, con
   if (p.pool == INTERFUSE_POOL_AVG && p.activation != INTERFUSE_NONE) {
     const Box& box = sums.box;
     auto save = [&] {
-      for (int64_t d = most(box.from.d, own.d); d < box.to.d; ++d)
-        for (int64_t h = most(box.from.h, own.h); h < box.to.h; ++h)
-          put_pixels(pre, p, p.conv, panel, d, h, most(box.from.w, own.w), sums.at(d, h, most(box.from.w, own.w)),
-                  box.to.w - most(box.from.w, own.w));
+      for (int64_t d = greatest(box.from.d, own.d); d < box.to.d; ++d)
+        for (int64_t h = greatest(box.from.h, own.h); h < box.to.h; ++h)
+          put_pixels(pre, p, p.conv, panel, d, h, greatest(box.from.w, own.w), sums.at(d, h, greatest(box.from.w, own.w)),
+                  box.to.w - greatest(box.from.w, own.w));
     };
     if (pre && p.needs_preactivation()) save();
     activate_run(p, sums.data, sums.data, sums.pixels() * lanes);

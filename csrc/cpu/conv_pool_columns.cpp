@@ -108,7 +108,7 @@ struct Plan {
 
 constexpr int64_t kColumnCopyBytes = 192 << 10, kColumnSumsBytes = 24 << 10;
 
-INTERFUSE_INLINE int64_t vectors_of(int64_t columns) { return ceil_div(columns, kLanes) * kLanes; }
+INTERFUSE_INLINE int64_t vectors_of(int64_t columns) { return divide_up(columns, kLanes) * kLanes; }
 
 PlanarCopy planar_copy(const ConvPool& p, const Triple& conv) {
   const Triple in = input_extents(p, conv);
@@ -119,7 +119,7 @@ PlanarCopy planar_copy(const ConvPool& p, const Triple& conv) {
   copy.s.w = 1;
   copy.s.h = copy.phases * copy.pitch;
   copy.s.d = in.h * copy.s.h;
-  copy.s.c = (ceil_div(in.d * copy.s.d, 16) | 1) * 16;  // an odd number of lines: channels spread over the cache's sets
+  copy.s.c = (divide_up(in.d * copy.s.d, 16) | 1) * 16;  // an odd number of lines: channels spread over the cache's sets
   return copy;
 }
 
@@ -128,14 +128,14 @@ Plan make_plan(const ConvPool& problem, int threads) {
   plan.p = problem;
   const ConvPool& p = plan.p;
   plan.depth = p.group_in * p.kernel.volume();
-  plan.blocks = ceil_div(p.group_out, kMostChannels);
+  plan.blocks = divide_up(p.group_out, kMostChannels);
   plan.cut = cut_outputs(p, threads, plan.blocks, false, [&](const Triple& outs) {
     return planar_copy(p, conv_extents(p, outs)).s.c * p.group_in * 4 <= kColumnCopyBytes;
   });
   const Triple conv = conv_extents(p, plan.cut.box);
   plan.copy = planar_copy(p, conv);
   plan.copy_count = plan.copy.s.c * p.group_in + kLanes;
-  const int64_t channels = ceil_div(p.group_out, plan.blocks);
+  const int64_t channels = divide_up(p.group_out, plan.blocks);
   auto sums = [&](int64_t rows) {
     const Triple part = conv_extents(p, {1, rows, plan.cut.box.w});
     return part.d * part.h * vectors_of(part.w);
@@ -199,7 +199,7 @@ void convolve(const Plan& plan, const int32_t* offsets, const float* origin, con
       const int wide = most_column_vectors(rows, channels);
       const float* x = origin + (d - box.from.d) * p.stride.d * s.d + (h - box.from.h) * p.stride.h * s.h;
       float* to = sums.row(d, h);
-      const int64_t tiles = ceil_div(vectors, wide);
+      const int64_t tiles = divide_up(vectors, wide);
       for (int64_t t = 0, v = 0; t < tiles; ++t) {
         const int64_t next = (t + 1) * vectors / tiles;
         kColumnTiles[rows - 1][channels - 1][next - v - 1](x + v * kLanes, p.stride.h * s.h, offsets, plan.depth,
@@ -251,7 +251,7 @@ void forward(const ConvPool& p, const ConvPoolForward& a, int threads) {
     pack<T>(plan, a, group, packed + group * p.group_out * (plan.depth + 1));
   const int64_t jobs = plan.cut.jobs(p);
   parallel(static_cast<int>(least(threads, jobs)), [&](int thread, int count) {
-    const int64_t channels = ceil_div(p.group_out, plan.blocks), activated = keeps_activated(p) ? plan.channel_step : 0;
+    const int64_t channels = divide_up(p.group_out, plan.blocks), activated = keeps_activated(p) ? plan.channel_step : 0;
     const int64_t sums = channels * plan.channel_step + slack(p);
     float* memory = scratch_floats(Slot::rows, sums + activated + slack(p) + 3 * plan.row_count);
     Work work;
@@ -274,10 +274,10 @@ void conv_pool_columns(const ConvPool& p, const ConvPoolForward& a, int threads)
 }
 
 double conv_pool_columns_cost(const ConvPool& p) {
-  const int64_t blocks = ceil_div(p.group_out, kMostChannels);
-  const int channels = static_cast<int>(ceil_div(p.group_out, blocks)), rows = p.conv.h > 1 ? 2 : 1;
-  const int64_t vectors = ceil_div(p.conv.w, kLanes);
-  const int64_t tiles = ceil_div(vectors, most_column_vectors(rows, channels));
+  const int64_t blocks = divide_up(p.group_out, kMostChannels);
+  const int channels = static_cast<int>(divide_up(p.group_out, blocks)), rows = p.conv.h > 1 ? 2 : 1;
+  const int64_t vectors = divide_up(p.conv.w, kLanes);
+  const int64_t tiles = divide_up(vectors, most_column_vectors(rows, channels));
   const double pixels = static_cast<double>(rows) * static_cast<double>(vectors) / static_cast<double>(tiles);
   // A load of columns mostly straddles two lines of cache.
   const double products = 0.5 * pixels * channels, loads = 0.5 * (1.9 * pixels + channels);

@@ -124,9 +124,9 @@ void finish_columns(const ConvPool& p, const ConvPoolForward& a, int64_t image, 
   if (p.pool == INTERFUSE_POOL_AVG && p.activation != INTERFUSE_NONE) {
     const Box& box = sums.box;
     auto save = [&] {
-      const int64_t w = most(box.from.w, own.w);
-      for (int64_t d = most(box.from.d, own.d); d < box.to.d; ++d)
-        for (int64_t h = most(box.from.h, own.h); h < box.to.h && w < box.to.w; ++h)
+      const int64_t w = greatest(box.from.w, own.w);
+      for (int64_t d = greatest(box.from.d, own.d); d < box.to.d; ++d)
+        for (int64_t h = greatest(box.from.h, own.h); h < box.to.h && w < box.to.w; ++h)
           put_channel(pre, p, p.conv, image, channel, d, h, w, sums.row(d, h) + (w - box.from.w), box.to.w - w);
     };
     if (pre && p.needs_preactivation()) save();
@@ -142,9 +142,9 @@ void finish_columns(const ConvPool& p, const ConvPoolForward& a, int64_t image, 
                     : saves                      ? pool_columns<INTERFUSE_POOL_MAX, true>
                                                  : pool_columns<INTERFUSE_POOL_MAX, false>;
   // Outputs whose windows lie inside the convolution along w.
-  const int64_t inner_begin = least(out.to.w, most(out.from.w, ceil_div(p.window_pad.w, p.window_stride.w)));
+  const int64_t inner_begin = least(out.to.w, greatest(out.from.w, divide_up(p.window_pad.w, p.window_stride.w)));
   const int64_t last = p.conv.w + p.window_pad.w - p.window.w;
-  const int64_t inner_end = last < 0 ? inner_begin : most(inner_begin, least(out.to.w, last / p.window_stride.w + 1));
+  const int64_t inner_end = last < 0 ? inner_begin : greatest(inner_begin, least(out.to.w, last / p.window_stride.w + 1));
   for (int64_t d = out.from.d; d < out.to.d; ++d)
     for (int64_t h = out.from.h; h < out.to.h; ++h) {
       // The vectors go first: their last one may write past the inner outputs.

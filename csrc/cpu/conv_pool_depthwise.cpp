@@ -89,10 +89,10 @@ Plan make_plan(const ConvPool& p, int threads) {
   plan.p = plan.jobs = p;
   plan.copies = !reads_in_place(p);
   // In place whole pixels stream best, if that leaves panels to share out.
-  const int64_t needed = ceil_div(p.out_channels, kLanes);
+  const int64_t needed = divide_up(p.out_channels, kLanes);
   plan.vectors = static_cast<int>(least(needed, plan.copies ? 2 : needed <= 8 ? 8 : 4));
   plan.taps = p.kernel.volume();
-  plan.jobs.groups = ceil_div(p.out_channels, plan.lanes());
+  plan.jobs.groups = divide_up(p.out_channels, plan.lanes());
   auto input = [&](const Triple& outs) { return input_extents(p, conv_extents(p, outs)); };
   plan.cut = cut_outputs(plan.jobs, threads, 1, false, [&](const Triple& outs) {
     return input(outs).volume() * plan.lanes() * 4 <= kDepthwiseCopyBytes;
@@ -114,7 +114,7 @@ Plan make_plan(const ConvPool& p, int threads) {
 template <class T>
 void copy_pixels(const T* from, int64_t channel_step, int64_t pixel_step, int64_t pixels, int channels, int64_t lanes,
                  float* to) {
-  const int64_t vectors = ceil_div(channels, kLanes);
+  const int64_t vectors = divide_up(channels, kLanes);
   if (channel_step == 1) {
     for (int64_t i = 0; i < pixels; ++i, from += pixel_step, to += lanes)
       for (int v = 0; v < vectors; ++v) store(to + v * kLanes, load_some(from + v * kLanes, channels - v * kLanes));
@@ -174,8 +174,8 @@ struct Shared {
 
 // The taps of one axis that meet the input, for the pixel whose first tap is at `from`.
 INTERFUSE_INLINE Range taps_inside(int64_t from, int64_t taps, int64_t dilation, int64_t extent) {
-  const int64_t begin = from < 0 ? least(taps, ceil_div(-from, dilation)) : 0;
-  return {begin, from < extent ? most(begin, least(taps, ceil_div(extent - from, dilation))) : begin};
+  const int64_t begin = from < 0 ? least(taps, divide_up(-from, dilation)) : 0;
+  return {begin, from < extent ? greatest(begin, least(taps, divide_up(extent - from, dilation))) : begin};
 }
 
 // One vector of channels of one row of pixels. `x`: the first tap of the first pixel.
@@ -189,7 +189,7 @@ struct Row {
 void run_tiles(const Plan& plan, const int32_t* offsets, int64_t first, int64_t taps, const Row& row, int64_t from,
                int64_t to) {
   const int64_t lanes = plan.lanes(), step = plan.p.stride.w * plan.view.w, width = to - from,
-                tiles = ceil_div(width, kMostPixels);
+                tiles = divide_up(width, kMostPixels);
   for (int64_t t = 0, w = 0; t < tiles; ++t) {
     const int64_t next = (t + 1) * width / tiles;
     kDepthwiseTiles[next - w](row.x + (from + w) * step, step, offsets + first, taps, row.weight + first * lanes, lanes,
@@ -258,7 +258,7 @@ void run_job(const Plan& plan, const ConvPoolForward& a, const Shared& shared, c
   // In place means float32. The first tap may lie in the padding, where nothing is read.
   const float* first_tap =
       plan.copies ? copy : reinterpret_cast<const float*>(x) + from.d * p.xs.d + from.h * p.xs.h + from.w * p.xs.w;
-  const Panel panel{job.image, begin, static_cast<int>(ceil_div(channels, kLanes)), channels};
+  const Panel panel{job.image, begin, static_cast<int>(divide_up(channels, kLanes)), channels};
   finish_in_parts<T>(p, a, panel, job.out, plan.rows, true, work, [&](const Sums& sums, int64_t first) {
     convolve(plan, shared, job.group,
              first_tap + (sums.box.from.d - conv.from.d) * p.stride.d * plan.view.d +
@@ -280,7 +280,7 @@ template <class T>
 void forward(const ConvPool& p, const ConvPoolForward& a, int threads) {
   const Plan plan = make_plan(p, threads);
   const int64_t lanes = plan.lanes(), panels = plan.panels();
-  const int64_t offset_floats = ceil_div(plan.taps, kLanes) * kLanes;
+  const int64_t offset_floats = divide_up(plan.taps, kLanes) * kLanes;
   float* memory = scratch_floats(Slot::pack, offset_floats + panels * (plan.taps + 1) * lanes);
   int32_t* offsets = reinterpret_cast<int32_t*>(memory);
   float* bias = memory + offset_floats;

@@ -9,7 +9,6 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Box {
   Triple from, to;  // half-open
@@ -26,7 +25,7 @@ INTERFUSE_INLINE bool padded(const ConvPool& p) {
 }
 
 // The convolution's pixels under outputs [from, to) of one axis.
-INTERFUSE_INLINE int64_t conv_begin(int64_t from, int64_t stride, int64_t pad) { return most(0, from * stride - pad); }
+INTERFUSE_INLINE int64_t conv_begin(int64_t from, int64_t stride, int64_t pad) { return greatest(0, from * stride - pad); }
 INTERFUSE_INLINE int64_t conv_end(int64_t to, int64_t stride, int64_t pad, int64_t window, int64_t size) {
   return least(size, (to - 1) * stride - pad + window);
 }
@@ -104,7 +103,7 @@ INTERFUSE_INLINE Job job_at(const ConvPool& p, const Cut& cut, int64_t job) {
 template <class Fits>
 Cut cut_outputs(const ConvPool& p, int threads, int64_t panels, bool prefer_shares, Fits&& fits) {
   Triple box = {1, 1, p.out.w};
-  while (box.w > 64 && !fits(box)) box.w = ceil_div(box.w, 2);
+  while (box.w > 64 && !fits(box)) box.w = divide_up(box.w, 2);
   auto grow = [&](int64_t& axis, int64_t end) {
     while (axis < end) {
       const int64_t before = axis;
@@ -117,7 +116,7 @@ Cut cut_outputs(const ConvPool& p, int threads, int64_t panels, bool prefer_shar
   grow(box.h, p.out.h);
   if (box.h == p.out.h) grow(box.d, p.out.d);
   Cut cut;
-  cut.boxes = {ceil_div(p.out.d, box.d), ceil_div(p.out.h, box.h), ceil_div(p.out.w, box.w)};
+  cut.boxes = {divide_up(p.out.d, box.d), divide_up(p.out.h, box.h), divide_up(p.out.w, box.w)};
   cut.shares = 1;
   auto uneven = [&] {
     const int64_t jobs = p.batch * p.groups * cut.boxes.volume();
@@ -135,8 +134,8 @@ Cut cut_outputs(const ConvPool& p, int threads, int64_t panels, bool prefer_shar
       if (uneven() && panels >= threads) cut.shares = threads;
     }
   }
-  cut.box = {ceil_div(p.out.d, cut.boxes.d), ceil_div(p.out.h, cut.boxes.h), ceil_div(p.out.w, cut.boxes.w)};
-  cut.boxes = {ceil_div(p.out.d, cut.box.d), ceil_div(p.out.h, cut.box.h), ceil_div(p.out.w, cut.box.w)};
+  cut.box = {divide_up(p.out.d, cut.boxes.d), divide_up(p.out.h, cut.boxes.h), divide_up(p.out.w, cut.boxes.w)};
+  cut.boxes = {divide_up(p.out.d, cut.box.d), divide_up(p.out.h, cut.box.h), divide_up(p.out.w, cut.box.w)};
   return cut;
 }
 

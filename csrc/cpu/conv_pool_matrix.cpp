@@ -49,7 +49,6 @@ struct Plan {
   int64_t parity, slice, piece;  // distances in the copy, in words
 };
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Slices or rows of x that `count` neighbouring results see.
 int64_t seen_slices(const ConvPool& p, int64_t count) { return count + (p.kernel.d - 1) * p.dilation.d; }
@@ -70,7 +69,7 @@ Plan make_plan(const ConvPool& p, int threads) {
   const auto parity = [&](int64_t units) {
     const int64_t copied = divide_up(seen_rows(p, units) * p.group_in, 2) * p.kernel.w;
     const int64_t read = (2 * units - 1) * p.group_in / 2 * p.kernel.w + plan.chunks * kSide;
-    return most(copied, read) * plan.columns;
+    return greatest(copied, read) * plan.columns;
   };
   const int64_t parities = p.group_in % 2 ? 2 : 1;
   int64_t fitting = 1;
@@ -166,7 +165,7 @@ struct Strip {
 };
 
 INTERFUSE_INLINE unsigned lanes_from_to(int64_t begin, int64_t end) {
-  const int64_t low = least(most(begin, 0), kLanes), high = least(most(end, 0), kLanes);
+  const int64_t low = least(greatest(begin, 0), kLanes), high = least(greatest(end, 0), kLanes);
   return ((1u << high) - 1u) & ~((1u << low) - 1u);
 }
 

@@ -41,7 +41,7 @@ struct Span {
 INTERFUSE_INLINE Span span_of(int64_t from, int64_t size, int64_t extent) {
   Span s;
   s.left = from < 0 ? least(size, -from) : 0;
-  s.inside = most(0, least(size - s.left, extent - (from + s.left)));
+  s.inside = greatest(0, least(size - s.left, extent - (from + s.left)));
   s.right = size - s.left - s.inside;
   return s;
 }
@@ -124,8 +124,8 @@ void copy_planar(const ConvPool& p, const T* x, const Triple& from, const Triple
         }
         for (int64_t phase = 0; phase < copy.phases; ++phase, row += copy.pitch) {
           // Places of this phase before, inside and after x's extent.
-          const int64_t begin = ceil_div(most(0, span.left - phase), copy.phases);
-          const int64_t end = most(begin, ceil_div(most(0, span.left + span.inside - phase), copy.phases));
+          const int64_t begin = divide_up(greatest(0, span.left - phase), copy.phases);
+          const int64_t end = greatest(begin, divide_up(greatest(0, span.left + span.inside - phase), copy.phases));
           fill_zero(row, begin);
           if (!transposes)
             copy_steps(row + begin, source + c * p.xs.c + (begin * copy.phases + phase - span.left) * p.xs.w,

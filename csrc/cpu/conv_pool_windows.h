@@ -7,7 +7,6 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Offset of element (n, channel, d, h, w) in a dense tensor of `size` with `channels` channels.
 INTERFUSE_INLINE int64_t dense_offset(bool channels_last, int64_t channels, const Triple& size, int64_t n,

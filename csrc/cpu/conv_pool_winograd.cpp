@@ -23,7 +23,7 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
   plan.points = plan.depth_points * kPlane;
   // With pooling, results behind the last window are not needed.
   const auto tiles = [](int64_t conv, int64_t out, int64_t window, int64_t tile) {
-    return (least(conv, out * window) + tile - 1) / tile;
+    return divide_up(least(conv, out * window), tile);
   };
   plan.tiles = {tiles(p.conv.d, p.out.d, p.window.d, plan.depth_tile), tiles(p.conv.h, p.out.h, p.window.h, kTile),
                 tiles(p.conv.w, p.out.w, p.window.w, kTile)};
@@ -40,18 +40,18 @@ WinogradPlan make_plan(const ConvPool& p, int threads) {
     least_block = round_up(32, tile_unit);
   }
   const int64_t filters = round_up(plan.filters, filter_unit);
-  const int64_t share_of_thread = round_up((plan.all_tiles + threads - 1) / threads, tile_unit);
+  const int64_t share_of_thread = round_up(divide_up(plan.all_tiles, threads), tile_unit);
   // Data gets two thirds of the cache, product one: a large block saves reading the weight, a large chunk saves
   // reading data from L2 once more.
   int64_t block = kCacheFloats * 2 / 3 / (plan.points * plan.channels) / tile_unit * tile_unit;
-  block = least(most(block, least_block), kMostBlock / tile_unit * tile_unit);
-  const int64_t blocks = (share_of_thread + block - 1) / block;
-  plan.block = least(block, round_up((share_of_thread + blocks - 1) / blocks, tile_unit));
+  block = least(greatest(block, least_block), kMostBlock / tile_unit * tile_unit);
+  const int64_t blocks = divide_up(share_of_thread, block);
+  plan.block = least(block, round_up(divide_up(share_of_thread, blocks), tile_unit));
   int64_t chunk = kCacheFloats / 3 / (plan.points * plan.block) / filter_unit * filter_unit;
-  chunk = least(most(chunk, most(filter_unit, 16)), filters);
-  plan.chunks = (filters + chunk - 1) / chunk;
-  plan.chunk = round_up((filters + plan.chunks - 1) / plan.chunks, filter_unit);
-  plan.chunks = (filters + plan.chunk - 1) / plan.chunk;
+  chunk = least(greatest(chunk, greatest(filter_unit, 16)), filters);
+  plan.chunks = divide_up(filters, chunk);
+  plan.chunk = round_up(divide_up(filters, plan.chunks), filter_unit);
+  plan.chunks = divide_up(filters, plan.chunk);
   if (p.channels_last) {
     plan.data_row = channel_pitch(plan.channels);
     plan.product_row = plan.chunk;
@@ -118,7 +118,7 @@ void conv_pool_winograd(const ConvPool& p, const ConvPoolForward& a) {
   uint8_t* broken = static_cast<uint8_t*>(scratch(Slot::flags, static_cast<size_t>(p.batch)));
   memset(broken, 0, static_cast<size_t>(p.batch));
   const WinogradCall call{p, plan, a, static_cast<const float*>(weight.data()), broken};
-  const int64_t unit = p.channels_last ? 1 : kLanes, units = (plan.all_tiles + unit - 1) / unit;
+  const int64_t unit = p.channels_last ? 1 : kLanes, units = divide_up(plan.all_tiles, unit);
   parallel(a.threads, [&](int thread, int threads) {
     const Range mine = share(units, thread, threads);
     run_tiles(call, kernel, {mine.begin * unit, least(mine.end * unit, plan.all_tiles)});

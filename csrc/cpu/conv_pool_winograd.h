@@ -91,7 +91,6 @@ const WinogradKernel* winograd_channels(bool bf16, int depth_tile);  // channels
 void multiply_panel(int64_t vectors, int64_t count, int64_t depth, const float* data, int64_t data_row,
                     const float* weight, float* product, int64_t product_row, bool add);
 
-INTERFUSE_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // A pitch between the points' planes that is an odd number of cache lines: a tile's points are written one to a
 // plane, and at a power of two they would all fall into the same few sets of the L1 cache.
@@ -106,13 +105,13 @@ INTERFUSE_INLINE int64_t channel_pitch(int64_t channels) {
 
 // Filters of one panel, of as equal panels as they can be cut into.
 INTERFUSE_INLINE int64_t panel_width(int64_t filters) {
-  const int64_t vectors = (filters + kLanes - 1) / kLanes, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
-  return (vectors + panels - 1) / panels * kLanes;
+  const int64_t vectors = divide_up(filters, kLanes), panels = divide_up(vectors, kPanelVectors);
+  return divide_up(vectors, panels) * kLanes;
 }
 
 // Filters of a chunk, rounded up to whole register tiles: the last chunk may be smaller.
 INTERFUSE_INLINE int64_t chunk_filters(const WinogradPlan& plan, int64_t chunk, int64_t unit) {
-  return (least(plan.chunk, plan.filters - chunk * plan.chunk) + unit - 1) / unit * unit;
+  return round_up(least(plan.chunk, plan.filters - chunk * plan.chunk), unit);
 }
 
 // G g along all axes of one filter's taps of one channel, which lie `step` apart as the points will.

@@ -14,7 +14,7 @@ template <class Axis, class T>
 void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight, float* packed, int thread,
                  int threads) {
   constexpr int taps = Axis::taps * 9, points = Axis::points * kPlane;
-  const int64_t vectors = (plan.filters + kLanes - 1) / kLanes;
+  const int64_t vectors = divide_up(plan.filters, kLanes);
   const Range mine = share(p.groups * vectors, thread, threads);
   for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
     const int64_t group = unit / vectors, filter = unit % vectors * kLanes, chunk = filter / plan.chunk;

@@ -17,7 +17,7 @@ template <class Axis, class T>
 void pack_weight(const ConvPool& p, const WinogradPlan& plan, const void* weight, float* packed, int thread,
                  int threads) {
   constexpr int taps = Axis::taps * 9, points = Axis::points * kPlane;
-  const int64_t blocks = (plan.filters + kFilterRows - 1) / kFilterRows;
+  const int64_t blocks = divide_up(plan.filters, kFilterRows);
   const Range mine = share(p.groups * blocks, thread, threads);
   for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
     const int64_t group = unit / blocks, filter = unit % blocks * kFilterRows, chunk = filter / plan.chunk;
@@ -168,7 +168,7 @@ void transform_data(const WinogradCall& call, int64_t group, int64_t tile, int64
   Window<T> windows[kMostBlock];
   const int cuts = cut(plan, tile, count, false, runs);
   for (int i = 0; i < cuts; ++i) windows[i] = Window<T>(p, plan, runs[i]);
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = round_up(count, kLanes);
   const T* x = static_cast<const T*>(call.a.x) + group * plan.channels * p.xs.c;
   for (int64_t c = first; c < last; ++c) {
     float* row = data + c * plan.data_row;
@@ -279,7 +279,7 @@ template <class Axis, class T>
 void finish_chunk(const WinogradCall& call, int64_t group, int64_t tile, int64_t count, int64_t chunk,
                   const float* data, float* product) {
   const WinogradPlan& plan = call.plan;
-  const int64_t vectors = (count + kLanes - 1) / kLanes;
+  const int64_t vectors = divide_up(count, kLanes);
   multiply(plan, chunk_filters(plan, chunk, kFilterRows), vectors,
            call.weight + group * plan.weight_group() + chunk * plan.weight_chunk(), data, product);
   const TileFinish t = tile_finish(call.p);

@@ -207,7 +207,7 @@ void forward_split(const Linear& p, const Floats& t, int64_t row_count, int thre
   const int64_t bytes = split::steps_of(p.depth) * split::kStep * 2;  // of sixteen rows in pieces
   int64_t most = kSplitBytes / bytes / 2 * split::kWide;
   most = most < split::kWide ? split::kWide : least(most, kRowsSplit);
-  const int64_t units = (row_count + split::kWide - 1) / split::kWide, blocks = (p.outputs + split::kWide - 1) / split::kWide;
+  const int64_t units = divide_up(row_count, split::kWide), blocks = divide_up(p.outputs, split::kWide);
   const int down = static_cast<int>(least(threads, units)), across = static_cast<int>(least(threads / down, blocks));
   parallel(threads, [&](int thread, int team) {
     const Range jobs = share(down * across, thread, team);
@@ -231,7 +231,7 @@ void forward_floats(const Linear& p, const Floats& t, int64_t row_count, int thr
 #if defined(INTERFUSE_SPLIT_PRODUCT)
   if (worth_splitting(p, row_count)) return forward_split(p, t, row_count, threads);
 #endif
-  const int64_t groups = (p.outputs + kDotColumns - 1) / kDotColumns;
+  const int64_t groups = divide_up(p.outputs, kDotColumns);
   const bool by_outputs = groups >= 4 * threads || row_count < 2 * threads;
   parallel(threads, [&](int thread, int team) {
     Range rows{0, row_count}, outputs{0, p.outputs};
@@ -253,7 +253,7 @@ void forward_floats(const Linear& p, const Floats& t, int64_t row_count, int thr
 
 // bfloat16: some rows at a time are turned into floats and the results back; the weight is converted in registers.
 void forward_halves(const Linear& p, const LinearForward& call) {
-  const int64_t most = p.rows < kRowsConverted ? p.rows : kRowsConverted, outputs = (p.outputs + kLanes - 1) / kLanes * kLanes;
+  const int64_t most = p.rows < kRowsConverted ? p.rows : kRowsConverted, outputs = round_up(p.outputs, kLanes);
   float* const x = scratch_floats(Slot::rows, most * (p.depth + p.input_count * kLanes));
   float* const y = scratch_floats(Slot::products, (2 * most + 1) * outputs);
   float* const pre = call.pre ? y + most * outputs : nullptr;

@@ -194,7 +194,7 @@ bool worth_splitting([[maybe_unused]] const Linear& p) {
 
 void gradients(const Linear& p, const Floats& t, int thread, int team) {
   const bool split = worth_splitting(p), few = few_rows(p);
-  const int64_t units = (p.depth + kPanel - 1) / kPanel;
+  const int64_t units = divide_up(p.depth, kPanel);
   Range columns{0, p.depth}, rows{0, p.rows};
   if (units >= 4 * team) {
     const Range mine = share(units, thread, team);
@@ -329,7 +329,7 @@ void linear_backward(const Linear& p, const LinearBackward& call) {
   const bool few = few_rows(p), turns = t.grad_weight && !few && !worth_splitting(p);
   if (active || turns) parallel(few ? 1 : threads, [&](int thread, int team) {
     // Shares of whole vectors, so that transposed blocks are not cut.
-    const Range blocks = share((p.rows + kLanes - 1) / kLanes, thread, team);
+    const Range blocks = share(divide_up(p.rows, kLanes), thread, team);
     const Range rows{blocks.begin * kLanes, blocks.end * kLanes < p.rows ? blocks.end * kLanes : p.rows};
     for (int64_t r = rows.begin; active && r < rows.end; ++r)
       grad_row(f, grad_y + r * p.outputs, from + r * p.outputs, made + r * p.outputs, p.outputs);

@@ -53,7 +53,7 @@ class Kernel {
     threads_ = worth_threads(spec_.rows * classes_ * depth_, call_.threads);
     chunk_.split = on_matrix_units(spec_.rows, classes_, depth_);
     block_ = block_of(classes_, threads_, chunk_.split);
-    blocks_ = (classes_ + block_ - 1) / block_;
+    blocks_ = divide_up(classes_, block_);
     make_room();
     double total = 0;
     for (int64_t first = 0; first < spec_.rows; first += chunk_rows_) {

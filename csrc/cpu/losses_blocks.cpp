@@ -132,7 +132,7 @@ void cut_rows(const Chunk& chunk, const T* rows, int64_t row_stride, bool turned
 
 // A product whose kept factor has `panels` panels and `steps` steps, with the thread's own room.
 split::Product product_of(const uint16_t* kept, int64_t steps, int64_t panels, int64_t streamed) {
-  split::Product p{kept, steps, {0, panels / 2}, {0, (streamed + kWide - 1) / kWide}, nullptr, nullptr};
+  split::Product p{kept, steps, {0, panels / 2}, {0, divide_up(streamed, kWide)}, nullptr, nullptr};
   p.streamed = static_cast<uint16_t*>(scratch(Slot::flags, split::kStreamed * 2));
   p.sums = scratch_floats(Slot::between, p.room_for_sums());
   return p;

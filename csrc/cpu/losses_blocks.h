@@ -30,7 +30,7 @@ constexpr int64_t kGroup = 4;
 
 constexpr float kLowest = -3.4028235e38f;
 
-INTERFUSE_INLINE int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+INTERFUSE_INLINE int64_t vectors_of(int64_t count) { return divide_up(count, kLanes); }
 
 // exp(x) for x far below what overflows; a NaN stays. One instruction scales by any power of two where there is one.
 INTERFUSE_INLINE Vec exp_in_range(Vec x) {
@@ -53,8 +53,8 @@ INTERFUSE_INLINE int64_t block_of(int64_t classes, int threads, bool split) {
 
 // Rows of a chunk, at most `most`: as many in each, since a last chunk of few would read the weight for little.
 INTERFUSE_INLINE int64_t rows_of_chunk(int64_t rows, int64_t most) {
-  const int64_t chunks = (rows + most - 1) / most;
-  return ((rows + chunks - 1) / chunks + kPanel - 1) / kPanel * kPanel;
+  const int64_t chunks = divide_up(rows, most);
+  return round_up(divide_up(rows, chunks), kPanel);
 }
 
 // Floats from one class to the next: an odd number of vectors, so that classes do not share sets of the cache.

@@ -48,7 +48,7 @@ class Kernel {
     threads_ = worth_threads(rows_ * rows_ * depth_, call_.threads);
     chunk_.split = on_matrix_units(rows_, rows_, depth_);
     block_ = block_of(rows_, threads_, chunk_.split);
-    blocks_ = (rows_ + block_ - 1) / block_;
+    blocks_ = divide_up(rows_, block_);
     chunk_rows_ = rows_of_chunk(rows_, kMostRows);
     prepare();
     call_.loss ? forward() : backward();

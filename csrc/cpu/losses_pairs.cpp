@@ -92,7 +92,7 @@ double part_of_row(const Elementwise& call, int64_t row, int64_t begin, int64_t 
 template <class T>
 void elementwise_of(const Elementwise& call) {
   const interfuse_elementwise_loss_spec& s = call.spec;
-  const int64_t parts = (s.columns + kBlock - 1) / kBlock;
+  const int64_t parts = divide_up(s.columns, kBlock);
   const int threads = worth_threads(s.rows * s.columns * kElementCost, call.threads);
   double* const sums = static_cast<double*>(scratch(Slot::rows, static_cast<size_t>(threads) * sizeof(double)));
   for (int i = 0; i < threads; ++i) sums[i] = 0;

@@ -145,7 +145,7 @@ class Stack {
     const RnnInput input{p_, order_, a_.in, {layer ? output_of(layer - 1, 0) : nullptr, layer && p_.directions == 2 ? output_of(layer - 1, 1) : nullptr}, outputs_};
     // Whole panels of gates, so that a thread's blocks are a part of the packed weight.
     const int64_t blocks = weights_.input().panel > 1 ? 1 : 4;
-    const Range panels = team.share(d, (blocks_ + blocks - 1) / blocks);
+    const Range panels = team.share(d, divide_up(blocks_, blocks));
     const Range mine{panels.begin * blocks, panels.end * blocks < blocks_ ? panels.end * blocks : blocks_};
     for (int64_t s = 0; s < order_.steps;) {
       int64_t end = s + 1;
@@ -245,7 +245,7 @@ class Stack {
   // Weights beyond the cache are swept forwards and backwards in turn: what one step read last, the next finds there.
   void back_and_forth(const Direction& x, int64_t s, int64_t base, Range mine) const {
     constexpr int64_t kBlocks = 4;
-    const int64_t groups = (mine.end - mine.begin + kBlocks - 1) / kBlocks;
+    const int64_t groups = divide_up(mine.end - mine.begin, kBlocks);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t begin = mine.begin + (s % 2 ? groups - 1 - i : i) * kBlocks;
       recurrent_product(x, s, base, {begin, begin + kBlocks < mine.end ? begin + kBlocks : mine.end}, 0, p_.output());
@@ -392,7 +392,7 @@ uint64_t hash_of(const Rnn& p, const RnnForward& a) {
   };
   int64_t pieces = 0, bytes = 0;
   for (int64_t i = 0; i < 5 * runs; ++i) {
-    pieces += (source(i).floats * 4 + kPiece - 1) / kPiece;
+    pieces += divide_up(source(i).floats * 4, kPiece);
     bytes += source(i).floats * 4;
   }
   uint64_t* parts = static_cast<uint64_t*>(scratch(Slot::flags, static_cast<size_t>(pieces) * 8));

@@ -184,7 +184,7 @@ class Backward {
       for (int kind = 0; kind < kKinds; ++kind) {
         float* sum = weight(to.direction[d], kind);
         const int64_t floats = weight_floats(layer, kind);
-        const Range vectors = share((floats + kLanes - 1) / kLanes, thread, threads);
+        const Range vectors = share(divide_up(floats, kLanes), thread, threads);
         for (int other = 1; sum && other < adding; ++other) {
           Weights from = weights_of(layer, other);
           const float* more = weight(from.direction[d], kind);

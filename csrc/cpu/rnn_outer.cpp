@@ -174,7 +174,7 @@ struct SplitOuter {
       const int64_t pairs = (part.end - part.begin + 1) / 2;
       uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(2 * pairs * each)));
       cut_grads(part, steps, kept);
-      split::Product product{kept, steps, {0, pairs}, {0, (to.columns + split::kWide - 1) / split::kWide}, nullptr, nullptr};
+      split::Product product{kept, steps, {0, pairs}, {0, divide_up(to.columns, split::kWide)}, nullptr, nullptr};
       product.streamed = static_cast<uint16_t*>(scratch(Slot::rows, split::kStreamed * 2));
       product.sums = scratch_floats(Slot::products, product.room_for_sums());
       split::multiply_all<false>(

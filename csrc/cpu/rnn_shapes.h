@@ -9,7 +9,7 @@
 namespace interfuse {
 namespace INTERFUSE_ISA {
 
-INTERFUSE_INLINE int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+INTERFUSE_INLINE int64_t padded(int64_t count) { return round_up(count, kLanes); }
 
 // What one (layer, direction) keeps of a whole batch, in step order: for each token the gates, the cell state, the
 // hidden state before a projection, and the output.

@@ -70,7 +70,7 @@ struct SplitProduct {
   }
 
   void many_rows(int64_t rows) const {
-    split::Product product{kept(0), steps(), {0, (vectors + 1) / 2}, {0, (rows + split::kWide - 1) / split::kWide}, nullptr, nullptr};
+    split::Product product{kept(0), steps(), {0, (vectors + 1) / 2}, {0, divide_up(rows, split::kWide)}, nullptr, nullptr};
     product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
     product.sums = scratch_floats(Slot::products, product.room_for_sums());
     split::multiply_all<true>(

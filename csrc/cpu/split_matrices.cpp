@@ -45,7 +45,7 @@ bool multiply_matrices(int64_t rows, int64_t depth, int64_t columns, const float
     uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * kStep) * 2));
     if (a_step == 1) split::cut_rows(a + begin * a_row, a_row, high, high, depth, kept);
     else cut_turned_rows(a + begin, a_step, high, depth, kept);
-    split::Product product{kept, steps, {0, panels / 2}, {0, (columns + kWide - 1) / kWide}, nullptr, nullptr};
+    split::Product product{kept, steps, {0, panels / 2}, {0, divide_up(columns, kWide)}, nullptr, nullptr};
     product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
     product.sums = scratch_floats(Slot::products, product.room_for_sums());
     split::multiply_all<false>(

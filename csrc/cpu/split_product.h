@@ -32,8 +32,8 @@ constexpr int64_t kStreamed = 4 * kPanel;        // two panels that are multipli
 constexpr int64_t kSums = kWide * kWide;
 constexpr int64_t kKept = 768 << 10;     // bytes of the kept factor that stay in the second-level cache
 
-INTERFUSE_INLINE int64_t steps_of(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
-INTERFUSE_INLINE int64_t panels_of(int64_t count) { return (count + kWide - 1) / kWide * 2; }
+INTERFUSE_INLINE int64_t steps_of(int64_t depth) { return divide_up(depth, kDepth); }
+INTERFUSE_INLINE int64_t panels_of(int64_t count) { return divide_up(count, kWide) * 2; }
 
 struct Shapes {
   uint8_t palette = 1, start = 0, unused[14] = {};
