@@ -114,7 +114,7 @@ void softmax_rows(const Linear& p, float* y, int64_t row_count, int threads) {
 #if defined(INTERFUSE_SPLIT_PRODUCT)
 // Panels are of 32 rows: with fewer than two thirds of them, the vector units are as fast. More rows at a time than a few
 // hundred save nothing any more.
-constexpr int64_t kRowsWorthSplitting = 20, kRowsSplit = 256, kSplitBytes = 16 << 20;
+constexpr int64_t kRowsWorthSplitting = 20, kRowsSplit = 256;
 
 bool worth_splitting(const Linear& p, int64_t rows) {
   return p.weight_dtype == INTERFUSE_FLOAT32 && p.dtype == INTERFUSE_FLOAT32 && rows >= kRowsWorthSplitting &&
@@ -123,63 +123,72 @@ bool worth_splitting(const Linear& p, int64_t rows) {
 
 // A step of sixteen rows of the inputs side by side, as the second factor.
 void cut_inputs(const Linear& p, const InputRows* inputs, Range rows, int64_t step, uint16_t* to) {
-  const int64_t begin = step * split::kDepth, end = begin + split::kDepth < p.depth ? begin + split::kDepth : p.depth;
+  const int64_t begin = step * split::kDepth, end = least(begin + split::kDepth, p.depth);
   int64_t i = 0;
   while (p.inputs[i].column + p.inputs[i].width <= begin) ++i;
-  const bool one = p.inputs[i].column + p.inputs[i].width >= end, whole = one && end - begin == split::kDepth;
-  for (int64_t r = 0; r < split::kSide; ++r) {
-    const int64_t row = rows.begin + r < rows.end ? rows.begin + r : rows.end - 1;
-    const float* from = inputs[i].data + row * inputs[i].stride + (begin - p.inputs[i].column);
-    if (whole) {
-      split::cut_along(load(from), load(from + kLanes), to + r * split::kDepth);
-      continue;
-    }
-    float joined[split::kDepth];
-    if (!one) {
-      int64_t at = begin;
-      for (int64_t k = i; at < end; ++k) {
-        const int64_t to_column = p.inputs[k].column + p.inputs[k].width, until = to_column < end ? to_column : end;
-        memcpy(joined + (at - begin), inputs[k].data + row * inputs[k].stride + (at - p.inputs[k].column),
-               static_cast<size_t>(until - at) * sizeof(float));
-        at = until;
+  const bool one = p.inputs[i].column + p.inputs[i].width >= end;
+  float joined[split::kSide][split::kDepth];
+  for (int64_t half = 0; half < 2; ++half) {
+    Vec lines[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      const int64_t row = least(rows.begin + r, rows.end - 1);
+      const float* from = joined[r];
+      if (one) {
+        from = inputs[i].data + row * inputs[i].stride + (begin - p.inputs[i].column);
+      } else if (half == 0) {
+        int64_t at = begin;
+        for (int64_t k = i; at < end; ++k) {
+          const int64_t until = least(p.inputs[k].column + p.inputs[k].width, end);
+          memcpy(joined[r] + (at - begin), inputs[k].data + row * inputs[k].stride + (at - p.inputs[k].column),
+                 static_cast<size_t>(until - at) * sizeof(float));
+          at = until;
+        }
       }
-      from = joined;
+      lines[r] = load_some(from + half * kLanes, end - begin - half * kLanes);
     }
-    split::cut_some(from, end - begin, to + r * split::kDepth);
+    transpose(lines);
+    for (int k = 0; k < kLanes; k += 2)
+      split::cut_across(lines[k], lines[k + 1], to + (half * kLanes + k) / 2 * split::kDepth);
   }
-  split::turn(to);
 }
 
-// Line `line` of `count` steps of 32 rows of the weight.
-INTERFUSE_INLINE void cut_weight(const Linear& p, const float* weight, int64_t block, int64_t step, int64_t count, int64_t line,
-                                 uint16_t* to) {
-  // Beyond the last row it is taken again: nobody reads those sums.
-  const float* from = weight + least(block * split::kWide + line, p.outputs - 1) * p.depth + step * split::kDepth;
-  const int64_t depth = p.depth - step * split::kDepth;
-  if (depth >= count * split::kDepth) {
-    for (int64_t i = 0; i < count; ++i)
-      split::cut_along(load(from + i * split::kDepth), load(from + i * split::kDepth + kLanes), to + i * split::kStep);
-    return;
+// A weight's rows. By value, so that the compiler keeps it in registers between stores.
+struct Weight {
+  const float* data;
+  int64_t outputs, depth;
+
+  // Line `line` of `count` steps of 32 of them. Beyond the last row it is taken again: nobody reads those sums.
+  INTERFUSE_INLINE void cut(int64_t block, int64_t step, int64_t count, int64_t line, uint16_t* to) const {
+    const float* from = data + least(block * split::kWide + line, outputs - 1) * depth + step * split::kDepth;
+    const int64_t left = depth - step * split::kDepth;
+    if (left >= count * split::kDepth)
+      for (int64_t i = 0; i < count; ++i, from += split::kDepth)
+        split::cut_along(load(from), load(from + kLanes), to + i * split::kStep);
+    else
+      for (int64_t i = 0; i < count; ++i) split::cut_some(from + i * split::kDepth, left - i * split::kDepth, to + i * split::kStep);
   }
-  for (int64_t i = 0; i < count; ++i)
-    split::cut_some(from + i * split::kDepth, depth - i * split::kDepth, to + i * split::kStep);
-}
+};
 
 // Products of at most kRowsSplit rows with 32 rows of the weight for each of `blocks`.
 void split_rows(const Linear& p, const Floats& t, Range rows, Range blocks) {
-  const int64_t steps = split::steps_of(p.depth), panels = split::panels_of(rows.end - rows.begin);
+  const int64_t panels = split::panels_of(rows.end - rows.begin);
+  split::Product product{nullptr, split::steps_of(p.depth), {0, panels / 2}, blocks, nullptr, nullptr};
+  const int64_t steps = product.part();
   uint16_t* const kept = static_cast<uint16_t*>(scratch(Slot::tiles, static_cast<size_t>(panels * steps * split::kStep) * 2));
-  for (int64_t i = 0; i < panels * steps; ++i)
-    cut_inputs(p, t.inputs, {rows.begin + i / steps * split::kSide, rows.end}, i % steps, kept + i * split::kStep);
-  split::Product product{kept, steps, {0, panels / 2}, blocks, nullptr, nullptr};
+  product.kept = kept;
   product.streamed = static_cast<uint16_t*>(scratch(Slot::weight, split::kStreamed * 2));
   product.sums = scratch_floats(Slot::products, product.room_for_sums());
-  const float* const weight = static_cast<const float*>(t.weights.weight);
+  const Weight weight{static_cast<const float*>(t.weights.weight), p.outputs, p.depth};
   IVec other{};
-  split::multiply_all<true>(
+  split::multiply_in_turn<true>(
       product,
+      [&](int64_t first, int64_t count) {
+        for (int64_t panel = 0; panel < panels; ++panel)
+          for (int64_t step = 0; step < count; ++step)
+            cut_inputs(p, t.inputs, {rows.begin + panel * split::kSide, rows.end}, first + step, kept + (panel * steps + step) * split::kStep);
+      },
       [&](int64_t block, int64_t step, int64_t count, int64_t line, uint16_t* to) __attribute__((always_inline)) {
-        cut_weight(p, weight, block, step, count, line, to);
+        weight.cut(block, step, count, line, to);
       },
       [&](int64_t block, int64_t pair, const float* sums) __attribute__((always_inline)) {
         for (int tile = 0; tile < 4; ++tile, sums += split::kSide * kLanes) {  // the weight's rows by the inputs': transposed
@@ -198,25 +207,26 @@ void split_rows(const Linear& p, const Floats& t, Range rows, Range blocks) {
         }
       });
   if (split::any(other))
-    products(p, t.inputs, weight, rows, {blocks.begin * split::kWide, least(blocks.end * split::kWide, p.outputs)}, t.y);
+    products(p, t.inputs, weight.data, rows, {blocks.begin * split::kWide, least(blocks.end * split::kWide, p.outputs)}, t.y);
 }
 
-// Each thread takes some of the rows and cuts the whole weight: what threads hand to each other costs more than cutting it
-// twice. Only where there are more threads than rows to give do they take some of the outputs.
+// Each thread cuts its part of either factor: what threads hand to each other costs more than cutting it twice. They share
+// the rows, and cut the whole weight; or the outputs where there are more threads than rows to give, and where the weight
+// comes from memory, which is then read once.
 void forward_split(const Linear& p, const Floats& t, int64_t row_count, int threads) {
-  const int64_t bytes = split::steps_of(p.depth) * split::kStep * 2;  // of sixteen rows in pieces
-  int64_t most = kSplitBytes / bytes / 2 * split::kWide;
-  most = most < split::kWide ? split::kWide : least(most, kRowsSplit);
   const int64_t units = divide_up(row_count, split::kWide), blocks = divide_up(p.outputs, split::kWide);
-  const int down = static_cast<int>(least(threads, units)), across = static_cast<int>(least(threads / down, blocks));
+  const bool by_outputs = p.outputs * p.depth * 4 >= kFromMemory;
+  const int first = static_cast<int>(least(threads, by_outputs ? blocks : units));
+  const int second = static_cast<int>(least(threads / first, by_outputs ? units : blocks));
+  const int down = by_outputs ? second : first, across = by_outputs ? first : second;
   parallel(threads, [&](int thread, int team) {
     const Range jobs = share(down * across, thread, team);
     for (int64_t job = jobs.begin; job < jobs.end; ++job) {
       const Range mine = share(units, static_cast<int>(job / across), down);
       const Range columns = share(blocks, static_cast<int>(job % across), across);
       const int64_t last = least(mine.end * split::kWide, row_count);
-      for (int64_t begin = mine.begin * split::kWide; begin < last; begin += most) {
-        const Range rows{begin, least(begin + most, last)};
+      for (int64_t begin = mine.begin * split::kWide; begin < last; begin += kRowsSplit) {
+        const Range rows{begin, least(begin + kRowsSplit, last)};
         split_rows(p, t, rows, columns);
         finish(p, t, rows, {columns.begin * split::kWide, least(columns.end * split::kWide, p.outputs)}, across == 1);
       }

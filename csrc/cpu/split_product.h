@@ -30,7 +30,9 @@ constexpr int64_t kWide = 2 * kSide;     // two panels of either factor make fou
 constexpr int64_t kPanel = kSteps * kStep;       // streamed at a time
 constexpr int64_t kStreamed = 4 * kPanel;        // two panels that are multiplied and two that are being cut
 constexpr int64_t kSums = kWide * kWide;
-constexpr int64_t kKept = 768 << 10;     // bytes of the kept factor that stay in the second-level cache
+// Bytes of the kept factor that stay in the second-level cache; in parts, the streamed one comes from further away each time
+// and takes more room beside it.
+constexpr int64_t kKept = 768 << 10, kKeptInParts = 384 << 10;
 
 INTERFUSE_INLINE int64_t steps_of(int64_t depth) { return divide_up(depth, kDepth); }
 INTERFUSE_INLINE int64_t panels_of(int64_t count) { return divide_up(count, kWide) * 2; }
@@ -209,7 +211,7 @@ INTERFUSE_INLINE void multiply_few(const uint16_t* a, const uint16_t* const* b, 
 }
 
 struct Product {
-  const uint16_t* kept;  // panels, `steps` steps each
+  const uint16_t* kept;  // panels, `steps` steps each; of multiply_in_turn, part()
   int64_t steps;
   Range pairs;      // of the kept factor's panels
   Range blocks;     // of the streamed factor's rows or columns, 32 each
@@ -217,8 +219,8 @@ struct Product {
   float* sums;         // and for room_for_sums()
   // Steps of the kept panels that stay in the cache while the streamed factor passes.
   int64_t part() const {
-    const int64_t most = kKept / ((pairs.end - pairs.begin) * 4 * kStep) / kSteps * kSteps;
-    return most < kSteps ? kSteps : most;
+    const int64_t step = (pairs.end - pairs.begin) * 4 * kStep;
+    return steps * step <= kKept ? steps : greatest(kKeptInParts / step / kSteps * kSteps, kSteps);
   }
   bool in_parts() const { return steps > part(); }
   // In parts, all sums wait for the next part.
@@ -249,8 +251,9 @@ INTERFUSE_INLINE Place after(const Product& p, int64_t part, Place at, int64_t s
 
 // One pair of kept panels: each step is multiplied once only, so the next one is cut meanwhile, and both fit in the
 // first-level cache beside what passes through it.
-template <bool StreamedFirst, class Cut, class Take>
-INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, Take&& take) {
+template <bool StreamedFirst, bool InTurn, class Cut, class Take, class Keep>
+INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, Take&& take, Keep&& keep) {
+  const int64_t kept_steps = InTurn ? part : p.steps;
   constexpr int64_t kLines = (kWide - 1) / 6 + 1;
   float* const fresh = p.sums + p.room_for_sums() - kSums;
   uint16_t *now = p.streamed, *later = p.streamed + 2 * kStep;
@@ -264,11 +267,12 @@ INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, T
   while (at.part < p.steps) {
     const Place next = after(p, part, at, 1);
     line = next.part < p.steps ? 0 : kWide;
+    if (InTurn && at.block == p.blocks.begin && at.step == at.part) keep(at.part, least(part, p.steps - at.part));
     if (held == 0) clear_sums();
-    const uint16_t* const kept = p.kept + (p.pairs.begin * 2 * p.steps + at.step) * kStep;
+    const uint16_t* const kept = p.kept + (p.pairs.begin * 2 * kept_steps + at.step - (InTurn ? at.part : 0)) * kStep;
     const auto work = [&]() __attribute__((always_inline)) { cut_lines(next, line, kLines, later); };
-    if constexpr (StreamedFirst) multiply_step(now, kStep, kept, p.steps * kStep, work);
-    else multiply_step(kept, p.steps * kStep, now, kStep, work);
+    if constexpr (StreamedFirst) multiply_step(now, kStep, kept, kept_steps * kStep, work);
+    else multiply_step(kept, kept_steps * kStep, now, kStep, work);
     const bool last = at.step + 1 == p.steps;
     // The same sums as multiply_all makes: of the first two times kSteps one.
     const bool full = (at.step + 1) % kSteps == 0 && at.step + 1 != kSteps;
@@ -286,15 +290,13 @@ INTERFUSE_INLINE void multiply_pair(const Product& p, int64_t part, Cut&& cut, T
   }
 }
 
-// cut(block, step, count, line, to): line 0 to 31 of `count` steps of the streamed factor, kStep apart, as cut_along
-// writes them.
-// take(block, pair, sums): four tiles of results. StreamedFirst: the streamed factor gives the results' rows.
-template <bool StreamedFirst, class Cut, class Take>
-INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
+template <bool StreamedFirst, bool InTurn, class Cut, class Take, class Keep>
+INTERFUSE_INLINE void multiply_parts(const Product& p, Cut&& cut, Take&& take, Keep&& keep) {
   const int64_t pairs = p.pairs.end - p.pairs.begin, blocks = p.blocks.end - p.blocks.begin, part = p.part();
   if (pairs <= 0 || blocks <= 0) return;
   const Tiles tiles;
-  if (pairs == 1) return multiply_pair<StreamedFirst>(p, part, cut, take);
+  if (pairs == 1) return multiply_pair<StreamedFirst, InTurn>(p, part, cut, take, keep);
+  const int64_t kept_steps = InTurn ? part : p.steps;
   const bool in_parts = p.in_parts();
   float* const fresh = p.sums + p.room_for_sums() - kSums;
   const auto count_of = [&](const Place& at) { return least(least(at.part + part, p.steps) - at.step, kSteps); };
@@ -313,15 +315,16 @@ INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
     // Of the first two times kSteps the matrix units make one sum.
     const bool first = at.step == 0, second = at.step == kSteps, last = at.step + count == p.steps;
     line = coming ? 0 : kWide;
+    if (InTurn && at.block == p.blocks.begin && at.step == at.part) keep(at.part, least(part, p.steps - at.part));
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      const uint16_t* kept = p.kept + ((p.pairs.begin + pair) * 2 * p.steps + at.step) * kStep;
+      const uint16_t* kept = p.kept + ((p.pairs.begin + pair) * 2 * kept_steps + at.step - (InTurn ? at.part : 0)) * kStep;
       const uint16_t* streamed = now;
       float* const sums = p.sums + ((in_parts ? (at.block - p.blocks.begin) * pairs : 0) + pair) * kSums;
       const auto work = [&]() __attribute__((always_inline)) { cut_lines(next, coming, line, each, later); };
       second ? load_sums(sums) : clear_sums();
       for (int64_t s = 0; s < count; ++s, kept += kStep, streamed += kStep) {
-        if constexpr (StreamedFirst) multiply_step(streamed, kPanel, kept, p.steps * kStep, work);
-        else multiply_step(kept, p.steps * kStep, streamed, kPanel, work);
+        if constexpr (StreamedFirst) multiply_step(streamed, kPanel, kept, kept_steps * kStep, work);
+        else multiply_step(kept, kept_steps * kStep, streamed, kPanel, work);
       }
       const bool joins = !first && !second;
       store_sums(joins ? fresh : sums);
@@ -333,6 +336,21 @@ INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
     now = later, later = other;
     at = next;
   }
+}
+
+// cut(block, step, count, line, to): line 0 to 31 of `count` steps of the streamed factor, kStep apart, as cut_along
+// writes them.
+// take(block, pair, sums): four tiles of results. StreamedFirst: the streamed factor gives the results' rows.
+template <bool StreamedFirst, class Cut, class Take>
+INTERFUSE_INLINE void multiply_all(const Product& p, Cut&& cut, Take&& take) {
+  multiply_parts<StreamedFirst, false>(p, cut, take, [](int64_t, int64_t) __attribute__((always_inline)) {});
+}
+
+// The same, of a kept factor that is cut a part at a time, when it is multiplied, so that it need not leave the cache.
+// keep(step, count): these steps of all its panels, part() steps each.
+template <bool StreamedFirst, class Keep, class Cut, class Take>
+INTERFUSE_INLINE void multiply_in_turn(const Product& p, Keep&& keep, Cut&& cut, Take&& take) {
+  multiply_parts<StreamedFirst, true>(p, cut, take, keep);
 }
 
 // Whether all of these are finite; adds to `other` what only NaN and infinities leave.
