@@ -7,13 +7,14 @@ gates in another order. What a file tells of the computation is compared with wh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from interfuse.models.classifier import Predicting
-from interfuse.models.keras_chains import ours_after, same_chain, theirs_after
+from interfuse.models.keras_chains import BATCH_NORMS, one_for_each, ours_after, same_chain, theirs_after
 from interfuse.models.keras_files import KerasLayer, read
 from interfuse.models.keras_maps import Pictures
 
@@ -27,7 +28,6 @@ KINDS = {
     "BatchNormalization": "batch norm", "LayerNormalization": "layer norm", "Embedding": "embedding",
     "SimpleRNN": "rnn", "LSTM": "lstm", "GRU": "gru", "Dense": "dense",
 }  # fmt: skip
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WRAPPERS = ("Bidirectional", "TimeDistributed")
 # The place of each of torch's gates among Keras's.
 GATES = {"rnn": (0,), "lstm": (0, 1, 2, 3), "gru": (1, 0, 2)}
@@ -95,8 +95,7 @@ def places(model: nn.Module) -> list[Place]:
 
 def convert(layers: Sequence[KerasLayer], model: nn.Module) -> None:
     """Copies the weights: the first convolution to the first, and so on, kind by kind."""
-    with_weights = [layer for layer in layers if layer.weights or layer.kind in KINDS]
-    given = [one for layer in with_weights for one in _unwrapped(layer)]
+    given = [_unwrapped(layer) for layer in layers if layer.weights or layer.kind in KINDS]
     ours = places(model)
     pairs: list[tuple[KerasLayer, Place]] = []
     for kind in dict.fromkeys([*KINDS.values(), *(place.kind for place in ours)]):
@@ -141,7 +140,7 @@ def convert(layers: Sequence[KerasLayer], model: nn.Module) -> None:
             target.copy_(value)
 
 
-def _unwrapped(layer: KerasLayer) -> Iterator[KerasLayer]:
+def _unwrapped(layer: KerasLayer) -> KerasLayer:
     """The layer itself; of a Bidirectional the one inside, with the weights of both directions."""
     kind, config = layer.kind, layer.config
     if kind == "Bidirectional":
@@ -157,7 +156,7 @@ def _unwrapped(layer: KerasLayer) -> Iterator[KerasLayer]:
             f"Keras layer {layer.name} is a {kind}, whose weights have no place here; there are places for "
             f"{', '.join(KINDS)}, also in {' and '.join(WRAPPERS)}."
         )
-    yield replace(layer, kind=kind, config=config)
+    return replace(layer, kind=kind, config=config)
 
 
 def _refuse(layer: KerasLayer, what: str, theirs: Any, place: Place, ours: Any) -> ValueError:
@@ -206,10 +205,7 @@ def _check(layer: KerasLayer, place: Place, layers: Sequence[KerasLayer], model:
 def _check_convolution(layer: KerasLayer, place: Place) -> None:
     config, module = layer.config, place.module
     spatial = module.weight.dim() - 2
-
-    def each(value: Any) -> tuple[int, ...]:
-        return (value,) * spatial if isinstance(value, int) else tuple(value)
-
+    each = partial(one_for_each, spatial)
     ours = {"strides": each(module.stride), "dilation_rate": each(module.dilation)}
     for key, value in ours.items():
         given = each(config.get(key, 1))

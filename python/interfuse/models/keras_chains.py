@@ -16,7 +16,8 @@ DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     nn.Identity,
 )  # fmt: skip
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (*BATCH_NORMS, nn.LayerNorm)
 ACTIVATIONS = {
     nn.ReLU: "relu",
     nn.Tanh: "tanh",
@@ -54,6 +55,11 @@ def _ordered(steps: Sequence[str], complete: bool) -> Chain:
         if found[i].startswith("max pool") and found[i + 1] == "relu":
             found[i : i + 2] = found[i + 1], found[i]
     return Chain(tuple(found), complete)
+
+
+def one_for_each(dimensions: int, value: Any) -> tuple[int, ...]:
+    """What a module or a layer says of its dimensions, by one number where it is the same of all."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
 def _pool(kind: str, size: Sequence[int], stride: Sequence[int], more: str = "") -> str:
@@ -105,12 +111,8 @@ def _activation_layer(layer: KerasLayer) -> Any:
 
 def _pooling_layer(layer: KerasLayer) -> str:
     spatial = int(layer.kind[-2])
-
-    def each(value: Any) -> tuple[int, ...]:
-        return (value,) * spatial if isinstance(value, int) else tuple(value)
-
-    size = each(layer.config["pool_size"])
-    stride = each(layer.config.get("strides") or size)
+    size = one_for_each(spatial, layer.config["pool_size"])
+    stride = one_for_each(spatial, layer.config.get("strides") or size)
     more = ""
     if layer.config.get("padding", "valid") != "valid":
         sizes = (layer.shape or (None,) * (spatial + 2))[1:-1]
@@ -182,8 +184,7 @@ def _step(module: Any) -> str | None:
     if kind in MAX_POOLS or kind in AVG_POOLS:
         spatial = int(kind.__name__[-2])
         size, stride, padding = (
-            (value,) * spatial if isinstance(value, int) else tuple(value)
-            for value in (module.kernel_size, module.stride, module.padding)
+            one_for_each(spatial, value) for value in (module.kernel_size, module.stride, module.padding)
         )
         return _padded_pool(
             "max" if kind in MAX_POOLS else "average", size, stride, padding, module.ceil_mode

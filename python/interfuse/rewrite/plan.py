@@ -143,16 +143,8 @@ class Planner:
                 continue
             label = f"{name}.{key}" if name else key
             end = f"it ends {name or type(module).__name__}; what reads its value stands outside"
-            match: Match | str
-            if id(child) in self.heads:
-                following = self._led(anchor.pattern, links[at : at + 1])
-                match = (
-                    anchor.pattern.match(links[at - 1 :], end)
-                    if not isinstance(following, str)
-                    else following
-                )
-            else:
-                match = anchor.pattern.match(links[at - 1 :], end)
+            led = self._led(anchor.pattern, links[at : at + 1]) if id(child) in self.heads else None
+            match = led if isinstance(led, str) else anchor.pattern.match(links[at - 1 :], end)
             self._found([anchor], match, module, name, "forward", key, label, type(module).__name__)
             if isinstance(match, Match):
                 at += match.length - 1

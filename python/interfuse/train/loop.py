@@ -143,8 +143,8 @@ def fit(
     def write(step: int, total: float) -> None:
         if checkpoint is not None:
             rows = [asdict(e) for e in history.epochs]
-            progress = {"epochs": rows, "stopped_early": history.stopped_early, "best": vars(best)}
-            checkpoints.save(checkpoint, state, step=step, total=total, **progress)
+            before = {"epochs": rows, "stopped_early": history.stopped_early, "best": vars(best)}
+            checkpoints.save(checkpoint, state, step=step, total=total, **before)
 
     steps = math.ceil(len(data) / batch)
     with Progress((epochs - len(history.epochs)) * steps - done if progress else 0) as bar:
