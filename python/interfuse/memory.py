@@ -66,9 +66,11 @@ def empty(
     dtype: torch.dtype,
     device: torch.device = _CPU,
     memory_format: torch.memory_format = torch.contiguous_format,
+    keep: bool = True,
 ) -> Tensor:
-    """torch.empty for a gradient, or for what autograd saves: on the CPU a large one lies in kept memory."""
-    count = math.prod(shape)
+    """torch.empty for a gradient, or for what autograd saves: on the CPU a large one lies in kept memory,
+    unless `keep` is False, as for what inference returns."""
+    count = math.prod(shape) if keep else 0
     if type(count) is int and count * dtype.itemsize >= KEPT_FROM:  # a tracer's sizes may be symbols
         kept = _kept(shape, dtype, device, memory_format)
         if kept is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from interfuse import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -75,7 +75,7 @@ class AttentionProblem:
         return self.batch, self.heads, self.queries, self.keys
 
 
-def empty_ordered(shape: Sequence[int], like: Tensor, make: Callable[..., Tensor] = memory.empty) -> Tensor:
+def empty_ordered(shape: Sequence[int], like: Tensor, keep: bool = True) -> Tensor:
     """Unwritten memory without gaps, whose first three dimensions stand in the order of `like`'s.
 
     Projected heads are views of (batch, length, heads * head_dim) or (length, batch, ...): a result in the
@@ -83,13 +83,14 @@ def empty_ordered(shape: Sequence[int], like: Tensor, make: Callable[..., Tensor
     """
     strides = like.stride()
     order = sorted(range(3), key=lambda d: -strides[d])
-    t = make([shape[d] for d in order] + [shape[3]], dtype=like.dtype, device=like.device)
+    ordered = [shape[d] for d in order] + [shape[3]]
+    t = memory.empty(ordered, dtype=like.dtype, device=like.device, keep=keep)
     return t.permute(*(order.index(d) for d in range(3)), 3)
 
 
 def empty_outputs(problem: AttentionProblem, q: Tensor) -> Three:
     """Unwritten (y, lse, weights) as the op returns them; (0,) where one was not asked for."""
-    y = empty_ordered(problem.y_shape, q, memory.empty if problem.save else torch.empty)
+    y = empty_ordered(problem.y_shape, q, keep=problem.save)
     lse = memory.empty(problem.row_shape if problem.save else (0,), dtype=torch.float32, device=q.device)
     shape = problem.weights_shape if problem.weights else (0,)
     return y, lse, torch.empty(shape, dtype=q.dtype, device=q.device)

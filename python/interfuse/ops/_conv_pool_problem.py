@@ -157,16 +157,15 @@ def empty_outputs(problem: ConvPoolProblem) -> Three:
     """Unwritten (y, index, pre) as the op returns them; (0,) where nothing is saved."""
     p, device, form = problem.params, problem.device, memory_format(problem)
     shape = (problem.batch, problem.out_channels, *problem.out_sizes)
-    make = memory.empty if problem.save else torch.empty
-    y = make(shape, dtype=problem.dtype, device=device, memory_format=form)
+    y = memory.empty(shape, dtype=problem.dtype, device=device, memory_format=form, keep=problem.save)
     if problem.save and p.saves_index:
-        index = make(shape, dtype=torch.uint8, device=device, memory_format=form)
+        index = memory.empty(shape, dtype=torch.uint8, device=device, memory_format=form)
     else:
         index = torch.empty(0, dtype=torch.uint8, device=device)
     if problem.save and p.saves_pre:
         sizes = problem.conv_sizes if p.saves_pre == "conv" else problem.out_sizes
         shape = (problem.batch, problem.out_channels, *sizes)
-        pre = make(shape, dtype=problem.dtype, device=device, memory_format=form)
+        pre = memory.empty(shape, dtype=problem.dtype, device=device, memory_format=form)
     else:
         pre = torch.empty(0, dtype=problem.dtype, device=device)
     return y, index, pre

@@ -10,7 +10,7 @@ from torch import Tensor
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
 from interfuse.ops._linear_problem import LinearProblem, Two, empty_gradients, empty_outputs
-from interfuse.ops._native_limits import DTYPE_NAMES
+from interfuse.ops._native_limits import DTYPE_NAMES, why_not_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,9 @@ _WEIGHT_NAMES = {**DTYPE_NAMES, torch.int8: "int8"}
 
 
 def why_not(problem: LinearProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
+    reason = why_not_on(problem.device)
+    if reason is not None:
+        return reason
     if problem.dtype not in DTYPE_NAMES:
         return f"the native kernels compute in float32 and bfloat16; the inputs are {problem.dtype}."
     if problem.save and problem.weight_dtype != problem.dtype:

@@ -80,10 +80,9 @@ class LinearProblem:
 def empty_outputs(problem: LinearProblem) -> Two:
     """Unwritten (y, pre) as the op returns them; (0,) where nothing is saved."""
     shape = (*problem.lead, problem.out_features)
-    make = memory.empty if problem.save else torch.empty
-    y = make(shape, dtype=problem.dtype, device=problem.device)
+    y = memory.empty(shape, dtype=problem.dtype, device=problem.device, keep=problem.save)
     saved = shape if problem.save and problem.params.saves_pre else (0,)
-    return y, make(saved, dtype=problem.dtype, device=problem.device)
+    return y, memory.empty(saved, dtype=problem.dtype, device=problem.device)
 
 
 def empty_gradients(problem: LinearProblem, mask: Sequence[bool]) -> list[Tensor]:

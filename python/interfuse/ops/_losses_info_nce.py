@@ -34,6 +34,10 @@ def by_formula(
     return reference.reduced(reference.info_nce_rows(first / temperature, second, symmetric)[0], reduction)
 
 
+def _number(temperature: float | Tensor) -> float:
+    return float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+
+
 class _InfoNce(SingleLevelFunction):
     @staticmethod
     def forward(
@@ -41,8 +45,7 @@ class _InfoNce(SingleLevelFunction):
         reduction: str,
     ) -> Tensor:  # fmt: skip
         learned = temperature if isinstance(temperature, Tensor) else None
-        number = float(temperature if learned is None else learned.detach())
-        settings = native.InfoNce(reduction, symmetric, normalize, number)
+        settings = native.InfoNce(reduction, symmetric, normalize, _number(temperature))
         kept = native.empty_similarities(len(a)) if len(a) <= MOST_KEPT else None
         loss, sums = native.run_info_nce(a, b, settings, kept)
         saved = (a, b, learned, sums, kept)
@@ -82,7 +85,7 @@ def run(
     a: Tensor, b: Tensor, temperature: float | Tensor, normalize: bool, symmetric: bool, reduction: str
 ) -> Tensor | None:
     """The loss, or None where the temperature is not for the core."""
-    number = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    number = _number(temperature)
     least, most = TEMPERATURES
     if not least < number < most:
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interfuse import _native
 from interfuse.bounded_cache import BoundedCache
+from interfuse.ops._native_limits import why_not_on
 from interfuse.ops._rnn_problem import Four, RnnProblem, empty_gradients, empty_outputs
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def why_not(problem: RnnProblem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the native kernels run on the CPU; the tensors are on {problem.device}."
-    if problem.dtype == torch.float64:
+    reason = why_not_on(problem.device)
+    if reason is None and problem.dtype == torch.float64:
         return "the native kernels compute in float32; the tensors are torch.float64."
-    return None
+    return reason
 
 
 def make_desc(p: RnnProblem, batch: int, steps: int, strides: tuple[int, int]) -> _native.RnnDesc:

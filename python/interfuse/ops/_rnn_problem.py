@@ -101,8 +101,7 @@ def empty_outputs(problem: RnnProblem, reserve_row: int) -> Four:
     p = problem
 
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
-        make = memory.empty if p.save else torch.empty
-        return make(shape, dtype=dtype, device=p.device)
+        return memory.empty(shape, dtype=dtype, device=p.device, keep=p.save)
 
     return (
         empty(*p.sequence_shape(p.directions * p.output_size)),
