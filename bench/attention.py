@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, of_both, speedup
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
@@ -235,20 +235,11 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     for row in rows:
         least = RAGGED_ROW if row["lengths"] else INFERENCE_ROW
         for mode, limit in (("inference", least), ("training", TRAINING_ROW)):
-            result.append(Bar(f"{mode}, {row['case']} over its best peer", limit, ratio(row, mode), True))
+            result.append(Bar(f"{mode}, {row['case']} over its best peer", limit, speedup(row, mode), True))
     for row in rows:
-        ours, theirs = (row["errors"].get(provider, {}).get("output") for provider in ("interfuse", "eager"))
+        ours, theirs = of_both(row["errors"], "output")
         result.append(Bar(f"error, {row['case']}", 2 * theirs if theirs else FORMULA, ours, at_least=False))
     return result
 
 
 FORMULA = 1e-6  # where torch was left out of the run: rounding of products of this depth in float32
-
-
-def ratio(row: dict[str, Any], mode: str) -> float | None:
-    """How many times as long the best peer takes."""
-    times = row.get(mode, {}).get("times", {})
-    best = row.get(mode, {}).get("best_peer", {}).get("median")
-    if best is None or "default" not in times.get("interfuse", {}):
-        return None
-    return float(best / times["interfuse"]["default"]["median"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from interfuse.bench import sweep
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar, memory_share
+from interfuse.bench.report import Bar, mean_speedup, memory_share
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
@@ -282,8 +282,7 @@ def bars(report: dict[str, Any]) -> list[Bar]:
         ("inference", INFERENCE_MEAN, INFERENCE_ROW),
         ("training", TRAINING_MEAN, TRAINING_ROW),
     ):
-        all_there = all(name in rows and "ratio" in rows[name].get(mode, {}) for name in names(False, False))
-        value = report["summary"][mode]["geometric_mean"] if all_there else None
+        value = mean_speedup(report, mode, names(False, False))
         result.append(
             Bar(f"{mode}, geometric mean over the best peer of each row", mean, value, at_least=True)
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, mean_speedup, over_eager
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
@@ -228,8 +228,7 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     rows = {row["case"]: row for row in report["rows"] if row["bar"]}
     result = []
     for mode, mean in (("inference", INFERENCE_MEAN), ("training", TRAINING_MEAN)):
-        all_there = all(name in rows and "ratio" in rows[name].get(mode, {}) for name in names(False, False))
-        value = report["summary"][mode]["geometric_mean"] if all_there else None
+        value = mean_speedup(report, mode, names(False, False))
         result.append(
             Bar(f"{mode}, geometric mean over the best peer of each row", mean, value, at_least=True)
         )
@@ -242,8 +241,7 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     overhead = report.get("overhead", {}).get("overhead")
     result.append(Bar("call overhead in seconds", OVERHEAD_SECONDS, overhead, at_least=False))
     for name, row in rows.items():
-        ours, eager = (row["errors"].get(p, {}).get("output") for p in ("interfuse", "eager"))
-        share = ours / eager if ours is not None and eager else None
+        share = over_eager(row["errors"], "output")
         result.append(Bar(f"error over eager's, {name}", TIMES_TORCHS_ERROR, share, at_least=False))
     return result
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, over_eager
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
@@ -269,15 +269,12 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     for row in report["rows"]:
         if not row["bar"]:
             continue
-        name, memory = row["case"], row.get("memory", {})
-        ours, eager = (memory.get(p, {}).get("first") for p in ("interfuse", "eager"))
-        share = ours / eager if ours is not None and eager else None
+        name, share = row["case"], over_eager(row.get("memory", {}), "first")
         result.append(Bar(f"peak memory over eager's, {name}", MEMORY_SHARE, share, at_least=False))
         ratio = row.get("training", {}).get("ratio")
         result.append(Bar(f"training, {name} over its best peer", TRAINING_ROW, ratio, at_least=True))
         for what in ("output", *(f"grad_{name}" for name in ("input", "weight", "bias"))):
-            ours, eager = (row["errors"].get(p, {}).get(what) for p in ("interfuse", "eager"))
-            share = ours / eager if ours is not None and eager else None
+            share = over_eager(row["errors"], what)
             result.append(
                 Bar(f"error of {what} over eager's, {name}", TIMES_TORCHS_ERROR, share, at_least=False)
             )

@@ -11,9 +11,8 @@ import math
 from typing import Any
 
 import torch
-from interfuse.bench import peers
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, speedup
 from interfuse.bench.rnn import ONNX_GATES
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
@@ -211,7 +210,7 @@ def bars(report: dict[str, Any]) -> list[Bar]:
         result.append(Bar(name, limit, measured, at_least=True))
 
     def mean(mode: str, theirs: tuple[str, ...] = ()) -> float | None:
-        ratios = [ratio(rows.get(name, {}), mode, theirs=theirs) for name in names(False, False)]
+        ratios = [speedup(rows.get(name, {}), mode, theirs=theirs) for name in names(False, False)]
         known = [value for value in ratios if value is not None]
         return math.prod(known) ** (1 / len(known)) if len(known) == len(ratios) else None
 
@@ -219,20 +218,8 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     at_least("inference, geometric mean over the best of torch's ways", OVER_TORCH, mean("inference", TORCH))
     at_least("training, geometric mean over the best peer of each row", TRAINING_MEAN, mean("training"))
     for name, row in rows.items():
-        at_least(f"inference, {name} over its best peer", INFERENCE_ROW, ratio(row, "inference"))
+        at_least(f"inference, {name} over its best peer", INFERENCE_ROW, speedup(row, "inference"))
         if row["batch"] == 1:
-            value = ratio(row, "inference", "interfuse_half_weights")
+            value = speedup(row, "inference", "interfuse_half_weights")
             at_least(f"inference, {name} with bfloat16 weights over its best peer", HALF_WEIGHTS, value)
     return result
-
-
-def ratio(
-    row: dict[str, Any], mode: str, ours: str = "interfuse", theirs: tuple[str, ...] = ()
-) -> float | None:
-    """How many times as long the best peer takes, of all or of those named."""
-    times = row.get(mode, {}).get("times", {})
-    if "default" not in times.get(ours, {}):
-        return None
-    peer_names = theirs or [name for name in times if not peers.PROVIDERS[name].ours]
-    others = [spread["median"] for name in peer_names for spread in times.get(name, {}).values()]
-    return min(others) / times[ours]["default"]["median"] if others else None

@@ -189,6 +189,33 @@ def megabytes(entry: dict[str, Any]) -> str:
     return f"{entry['first'] / 1e6:.1f}|{entry['later'] / 1e6:.1f}" if "first" in entry else "-"
 
 
+def speedup(row: Report, mode: str, ours: str = "interfuse", theirs: Sequence[str] = ()) -> float | None:
+    """How many times as long the best peer takes, of all or of those named."""
+    times = row.get(mode, {}).get("times", {})
+    if "default" not in times.get(ours, {}):
+        return None
+    named = theirs or [name for name in times if not peers.PROVIDERS[name].ours]
+    others = [spread["median"] for name in named for spread in times.get(name, {}).values()]
+    return float(min(others) / times[ours]["default"]["median"]) if others else None
+
+
+def mean_speedup(report: Report, mode: str, names: Sequence[str]) -> float | None:
+    """The geometric mean over the best peer of each row with a bar; None where one of these is missing."""
+    measured = {row["case"] for row in report["rows"] if "ratio" in row.get(mode, {})}
+    return report["summary"][mode]["geometric_mean"] if measured.issuperset(names) else None
+
+
+def of_both(entries: dict[str, Any], what: str) -> tuple[float | None, float | None]:
+    """One of the figures that a row has of each provider: ours, and eager's."""
+    ours, eager = (entries.get(provider, {}).get(what) for provider in ("interfuse", "eager"))
+    return ours, eager
+
+
+def over_eager(entries: dict[str, Any], what: str) -> float | None:
+    ours, eager = of_both(entries, what)
+    return ours / eager if ours is not None and eager else None
+
+
 def memory_share(row: Report) -> float | None:
     """Our larger peak over eager's smaller one."""
     entries = row.get("memory", {})

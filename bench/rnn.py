@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, mean_speedup, of_both, speedup
 from interfuse.bench.roofline import Cost
 from interfuse.bench.rows import names_of, workload_of
 from interfuse.bench.workers import between
@@ -263,8 +263,7 @@ RAGGED = {"inference": 2.0, "training": 3.0}  # over torch's packed path
 def bars(report: dict[str, Any]) -> list[Bar]:
     """The promises for the rows in the report; those that the run left out count as not measured."""
     rows = {row["case"]: row for row in report["rows"] if row["bar"]}
-    complete = all(name in rows and "ratio" in rows[name]["inference"] for name in names(False, False))
-    mean = report["summary"]["inference"]["geometric_mean"] if complete else None
+    mean = mean_speedup(report, "inference", names(False, False))
     result: list[Bar] = []
 
     def at_least(name: str, limit: float, measured: float | None) -> None:
@@ -273,18 +272,18 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     at_least("inference, geometric mean over the best peer of each row", INFERENCE_MEAN, mean)
     for name, row in rows.items():
         least = INFERENCE_BATCH_1 if row["batch"] == 1 else INFERENCE_ROW
-        at_least(f"inference, {name} over its best peer", least, ratio(row, "inference"))
+        at_least(f"inference, {name} over its best peer", least, speedup(row, "inference"))
         if row["batch"] == 1:
-            value = ratio(row, "inference", "interfuse_half_weights")
+            value = speedup(row, "inference", "interfuse_half_weights")
             at_least(f"inference, {name} with bfloat16 weights over its best peer", HALF_WEIGHTS, value)
         least = TRAINING_ROW if row["cell"] == "lstm" else TRAINING_STEP_BY_STEP
-        at_least(f"training, {name} over its best peer", least, ratio(row, "training"))
+        at_least(f"training, {name} over its best peer", least, speedup(row, "training"))
         for mode, wanted in RAGGED.items() if row["ragged"] else ():
-            at_least(f"{mode}, {name} over torch's packed path", wanted, ratio(row, mode, theirs="eager"))
-            padded = ratio(row, mode, theirs="interfuse_padded")
+            at_least(f"{mode}, {name} over torch's packed path", wanted, speedup(row, mode, theirs=["eager"]))
+            padded = speedup(row, mode, theirs=["interfuse_padded"])
             at_least(f"{mode}, {name} over its own padded run", 1.0, padded)
     for name, row in rows.items():
-        ours, theirs = (row["errors"].get(provider, {}).get("output") for provider in ("interfuse", "eager"))
+        ours, theirs = of_both(row["errors"], "output")
         limit = None if theirs is None else max(2 * theirs, FORMULA * row["steps"] ** 0.5)
         result.append(Bar(f"error, {name}", limit or FORMULA, ours, at_least=False))
     return result
@@ -292,15 +291,3 @@ def bars(report: dict[str, Any]) -> list[Bar]:
 
 # Rounding of a state that is made anew at every step, in float32; it grows with the root of their number.
 FORMULA = 1e-7
-
-
-def ratio(row: dict[str, Any], mode: str, ours: str = "interfuse", theirs: str = "") -> float | None:
-    """How many times as long the other one takes; the best peer, where none is named."""
-    times = row.get(mode, {}).get("times", {})
-    if ours not in times or "default" not in times[ours]:
-        return None
-    if theirs:
-        other = min((spread["median"] for spread in times.get(theirs, {}).values()), default=None)
-    else:
-        other = row[mode].get("best_peer", {}).get("median")
-    return None if other is None else float(other / times[ours]["default"]["median"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from interfuse.bench.pytest_rows import pytest_generate_tests, test_inference, test_training  # noqa: F401
-from interfuse.bench.report import Bar
+from interfuse.bench.report import Bar, speedup
 from interfuse.bench.roofline import Cost
 from interfuse.cases.zoo import ENTRIES, Entry
 from torch import Tensor, nn
@@ -92,16 +92,8 @@ def bars(report: dict[str, Any]) -> list[Bar]:
     found = []
     for provider, way in WAYS.items():
         for mode in ("inference", "training"):
-            ratios = {row["case"]: ratio(row, mode, provider) for row in report["rows"]}
+            ratios = {row["case"]: speedup(row, mode, provider, ["eager"]) for row in report["rows"]}
             least = min(ratios, key=lambda case: ratios[case] or 0.0)  # one without a figure is the least
             name = f"{mode}, optimised {way}: the lowest of {len(ratios)} models, {least}, over eager"
             found.append(Bar(name, NOT_SLOWER, ratios[least], at_least=True))
     return found
-
-
-def ratio(row: dict[str, Any], mode: str, provider: str) -> float | None:
-    """How many times as long the model took as it was."""
-    times = row.get(mode, {}).get("times", {})
-    if any("default" not in times.get(name, {}) for name in (provider, "eager")):
-        return None
-    return float(times["eager"]["default"]["median"] / times[provider]["default"]["median"])
