@@ -169,34 +169,34 @@ def explain(model: nn.Module) -> Explanation:
 
 def _row(c: Candidate, site: Site | None, outcome: Outcome | None) -> Row:
     times = (outcome.inference, outcome.training) if outcome is not None else (None, None)
+
+    def left(reason: str, why_not: tuple[str, ...] = ()) -> Row:
+        return Row(c.name, c.match.text, c.where, False, "", reason, why_not, *times)
+
     if site is None:
-        reason = "optimize() has not been called" if c.match.enabled else c.match.reason
         if outcome is not None and outcome.refusal:
-            reason = outcome.refusal
-        return Row(c.name, c.match.text, c.where, False, "", reason, (), *times)
+            return left(outcome.refusal)
+        return left("optimize() has not been called" if c.match.enabled else c.match.reason)
     bound = c.owner.__dict__[c.method]
     stopped = bound.why_stopped() if isinstance(bound, RewrittenMethod) else None
     if bound.lengths[c.key] > c.match.length:
         stopped = c.match.reason
     if stopped:
-        return Row(c.name, c.match.text, c.where, False, "", stopped, (), *times)
+        return left(stopped)
     kernel: str | None = "kernel chosen at the first call"
     why_not: tuple[str, ...] = ()
     if site.seen is not None:
         kernel, why_not = c.pattern.kernel(site.seen)
         better_left = site.rather_not()
         if kernel is not None and better_left is not None:
-            return Row(c.name, c.match.text, c.where, False, "", better_left, why_not, *times)
+            return left(better_left, why_not)
     elif site.declined:
-        reason = "what it was called with is not what the kernels take"
-        return Row(c.name, c.match.text, c.where, False, "", reason, (), *times)
+        return left("what it was called with is not what the kernels take")
     if kernel is None:
-        return Row(c.name, c.match.text, c.where, False, "", "no kernel takes it", why_not, *times)
-    only = (
-        ""
-        if site.inference and site.training
-        else ("in inference only" if site.inference else "in training only")
-    )
+        return left("no kernel takes it", why_not)
+    only = ""
+    if not (site.inference and site.training):
+        only = "in inference only" if site.inference else "in training only"
     return Row(c.name, c.match.text, c.where, True, kernel, only, why_not, *times)
 
 

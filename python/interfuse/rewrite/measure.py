@@ -27,8 +27,10 @@ from interfuse.rewrite.site import Call, LiveLink, Site, run_plainly, wants_grad
 # rounding, which moves whole entries.
 VALUE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-FASTER = 0.98  # the model must take less than this of its own time, and a site of the plain calls',
-# with what it takes more in a model than here, in seconds a call: between two calls there, Python's code for
+# The model must take less than this share of its own time; a site, with IN_A_MODEL added to each call, of
+# the plain calls'.
+FASTER = 0.98
+# Seconds that a call takes more in a model than where it is timed: between two calls there, Python's code for
 # it leaves the caches. Measured 8 to 15 us in inference, and in training 30 and more.
 IN_A_MODEL = {"inference": 10e-6, "training": 30e-6}
 
@@ -116,7 +118,7 @@ class TrySite:
         gradient = wants_gradient(call)
         if not outcome.faster("training" if gradient else "inference"):
             return run_plainly(links, value)
-        return site.pattern.run(call if gradient else site.rounded(call))
+        return site.run(call, gradient)
 
     def _measure(self, site: Site, links: Sequence[LiveLink], value: Any) -> None:
         outcome = self.outcomes.setdefault(id(site), Outcome())
@@ -182,17 +184,17 @@ class TrySite:
     def _time(self, site: Site, links: Sequence[LiveLink], call: Call, outcome: Outcome) -> None:
         value = call.tensors[0]
 
-        def fused(rounded: bool = True) -> Any:
+        def fused(gradient: bool) -> Any:
             """With what a site does before the call."""
             made = site.pattern.prepare(links, call.wrap(call.tensors)) or call
-            return site.pattern.run(site.rounded(made) if rounded else made)
+            return site.run(made, gradient)
 
         with torch.no_grad():
             outcome.add(
                 "inference",
                 *in_turns(
                     lambda: run_plainly(links, call.wrap(call.tensors)),
-                    fused,
+                    lambda: fused(gradient=False),
                     self.seconds,
                     value,
                 ),
@@ -210,7 +212,7 @@ class TrySite:
             "training",
             *in_turns(
                 lambda: _gradients(plain(), leaves, wanted, grads),
-                lambda: _gradients(tensors_of(fused(rounded=False)), leaves, wanted, grads),
+                lambda: _gradients(tensors_of(fused(gradient=True)), leaves, wanted, grads),
                 self.seconds,
                 value,
             ),

@@ -172,14 +172,14 @@ class Site:
             call = self.pattern.prepare(links, value)
             if call is None or not self._stands(gradient := wants_gradient(call)):
                 return run_plainly(links, value)
-            return self.pattern.run(call if gradient else self.rounded(call))
+            return self.run(call, gradient)
         call = self.pattern.prepare(links, value)
         if call is None:
             self.declined = True
             return run_plainly(links, value)
         gradient = wants_gradient(call)
         if self._stands(gradient) and self.serves(call, gradient):
-            return self.pattern.run(call if gradient else self.rounded(call))
+            return self.run(call, gradient)
         sketch = _sketch(value, beside)
         if sketch is not None:
             if len(self._plain) >= MOST_KINDS:
@@ -189,6 +189,9 @@ class Site:
 
     def _stands(self, gradient: bool) -> bool:
         return self.training if gradient else self.inference
+
+    def run(self, call: Call, gradient: bool) -> Any:
+        return self.pattern.run(call if gradient or self.weight_dtype is None else self.rounded(call))
 
     def rounded(self, call: Call) -> Call:
         """The call as inference makes it."""
