@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.profiler import profile
 
 from interfuse.bounded_cache import BoundedCache
-from interfuse.nn import MultiheadAttention, _attention_block
+from interfuse.nn import CrossAttention, MultiheadAttention, _attention_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,3 +267,74 @@ def test_hooks_are_called(calls: Calls) -> None:
             made(query, context, context, need_weights=False)
     assert len(seen) == 2
     assert (calls.first, calls.again) == (1, 1)
+
+
+# ---- CrossAttention
+
+
+def cross(**settings: Any) -> CrossAttention:
+    torch.manual_seed(0)
+    made = CrossAttention(WIDTH, 24, **{"heads": 4, "kv_heads": 2, "head_dim": 32, **settings}).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def cross_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    query, context = inputs()
+    return query, context[..., :24]  # rows apart
+
+
+def cross_by_parts(made: CrossAttention, *args: Any, **arguments: Any) -> torch.Tensor:
+    with torch.enable_grad():
+        y = made(*args, **arguments)
+    assert isinstance(y, torch.Tensor)
+    return y.detach()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"context_lengths": [56, 0, 31, 1]}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"kv_heads": None}], ids=str)
+def test_cross_attention_in_one_call(
+    calls: Calls, settings: dict[str, Any], arguments: dict[str, Any], threads: int
+) -> None:
+    made, given = cross(**settings), cross_inputs()
+    expected = cross_by_parts(made, *given, **arguments)
+    with torch.no_grad():
+        for _ in range(2):
+            assert close(made(*given, **arguments), expected)
+    assert (calls.first, calls.again) == ((2, 0) if "context_lengths" in arguments else (1, 1))
+
+
+def test_cross_attentions_that_are_more_than_a_block(calls: Calls) -> None:
+    made, (query, context) = cross(dropout=0.5), cross_inputs()
+    seen: list[int] = []
+    with torch.no_grad():
+        y = made(query, context)
+        assert calls.first == 1
+        assert close(made(query, context, mask=torch.ones(QUERIES, KEYS, dtype=torch.bool)), y)
+        assert close(made(query, context, query_lengths=[QUERIES] * BATCH), y)
+        assert close(made(query, context, return_weights=True)[0], y)
+        hook = made.k_proj.register_forward_pre_hook(lambda *_: seen.append(1))
+        made(query, context)
+        hook.remove()
+        hook = made.q_proj.register_forward_hook(lambda *_: seen.append(1))
+        made(query, context)
+        hook.remove()
+        assert seen
+        with torch.autocast("cpu", torch.bfloat16):
+            assert made(query, context).dtype == torch.bfloat16
+        made.train()
+        assert not close(made(query, context), y)
+        made.eval()
+        made.out_proj = nn.Sequential(made.out_proj, nn.ReLU())
+        assert close(made(query, context), y.relu())
+        assert (calls.first, calls.again) == (1, 0)
+        made.out_proj = made.out_proj[0]
+        assert close(made(query, context), y)
+        assert calls.again == 1
+        for lengths in ([KEYS + 1] * BATCH, [KEYS] * (BATCH + 1)):
+            with pytest.raises(ValueError, match="lengths"):
+                made(query, context, context_lengths=lengths)
+        made.v_proj = nn.Linear(24, 3)
+        with pytest.raises((ValueError, RuntimeError)):
+            made(query, context)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from interfuse.nn import _attention_whole
+from interfuse.nn import _attention_cross, _attention_whole
 from interfuse.ops._attention_checks import Inputs, check_dropout, check_types, fail, resolve
 from interfuse.ops._attention_pool import attention_pool
 from interfuse.ops.attention import run_long
@@ -440,6 +440,11 @@ class CrossAttention(nn.Module):
                 raise fail(f"{name} must have shape (batch, length, {width}); got {tuple(t.shape)}.")
         kv_lengths = _length_tensor("context_lengths", context_lengths, context.device)
         q_lengths = _length_tensor("query_lengths", query_lengths, query.device)
+        dropout = self.dropout if self.training else 0.0
+        if mask is None and q_lengths is None and not return_weights and not dropout:
+            found = _attention_cross.run(self, query, context, kv_lengths, causal)
+            if found is not None:
+                return found
         q = _split_heads(self.q_proj(query), self.heads, 0)
         k, v = (
             _split_heads(_project(context, p.weight, p.bias, kv_lengths), self.kv_heads, 0)
@@ -447,7 +452,6 @@ class CrossAttention(nn.Module):
         )
         inputs = Inputs(q, k, v, mask, q_lengths, kv_lengths)
         check_types(inputs)
-        dropout = self.dropout if self.training else 0.0
         y, weights = run_long(inputs, resolve(q, causal, None, None), dropout, return_weights)
         output = self.out_proj(y.transpose(1, 2).flatten(2))
         return (output, weights) if return_weights else output
