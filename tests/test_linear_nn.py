@@ -212,9 +212,36 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_chain_called_before_sees_what_has_changed_since(change: Callable[[DenseChain], None]) -> None:
+def _buffer_in_place(chain: DenseChain) -> None:
+    chain[1].weight.copy_(chain[1].weight.flip(0))
+
+
+def _other_buffer(chain: DenseChain) -> None:
+    chain[1].weight = chain[1].weight.flip(0)
+
+
+def _no_bias_buffer(chain: DenseChain) -> None:
+    chain[1]._buffers["bias"] = None
+
+
+OF_COMPACT = [
+    _forward_hook, _own_forward, _other_activation, _buffer_in_place, _other_buffer, _no_bias_buffer,
+    _other_layer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(None, change) for change in CHANGES]
+    + [(dtype, change) for dtype in (torch.bfloat16, torch.int8) for change in OF_COMPACT],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_chain_called_before_sees_what_has_changed_since(
+    kind: torch.dtype | None, change: Callable[[DenseChain], None]
+) -> None:
     chain, x = siamese(), torch.randn(4, 64)
+    if kind is not None:
+        chain = DenseChain(*(CompactLinear(layer, kind) for layer in chain))
     with torch.no_grad():
         before = chain(x)
         assert eager.run_modules((x,), chain._modules) is not None  # the way of a call made before

@@ -101,17 +101,17 @@ void linear_backward(const LinearDesc& desc, uintptr_t grad_y, const std::vector
 class Untouched {
  public:
   struct Layer {
-    PyObject *weight, *bias, *activation, *slope;  // borrowed from the module
+    PyObject *weight, *bias, *scale, *activation, *slope;  // borrowed from the module
   };
 
-  explicit Untouched(const py::tuple& given) : kind_(given[0]), forward_(given[1]), hooks_(given[2].cast<py::tuple>()) {}
+  explicit Untouched(const py::tuple& given) : kind_(given[0]), forward_(given[1]), hooks_(given[2].cast<py::tuple>()), held_(given[3]) {}
 
   // 1 and the layer, 0 where it is to be called in another way, -1 with an exception set.
   int layer(PyObject* module, Layer& found) const {
     static PyObject* const no_forward = PyUnicode_InternFromString("forward");
-    static PyObject* const parameters = PyUnicode_InternFromString("_parameters");
     static PyObject* const names[] = {PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("bias"),
-                                      PyUnicode_InternFromString("activation"), PyUnicode_InternFromString("negative_slope")};
+                                      PyUnicode_InternFromString("scale"), PyUnicode_InternFromString("activation"),
+                                      PyUnicode_InternFromString("negative_slope")};
     static PyObject* const own[] = {
         PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
         PyUnicode_InternFromString("_backward_hooks"), PyUnicode_InternFromString("_backward_pre_hooks")};
@@ -125,9 +125,10 @@ class Untouched {
       if (!is_empty(at(state.ptr(), name))) return 0;
     for (const py::handle& all : hooks_)
       if (!is_empty(all.ptr())) return 0;
-    PyObject* const held = at(state.ptr(), parameters);
+    PyObject* const held = at(state.ptr(), held_.ptr());
     if (!held || !PyDict_Check(held)) return 0;
-    found = {at(held, names[0]), at(held, names[1]), at(state.ptr(), names[2]), at(state.ptr(), names[3])};
+    PyObject* const scale = at(held, names[2]);
+    found = {at(held, names[0]), at(held, names[1]), scale ? scale : Py_None, at(state.ptr(), names[3]), at(state.ptr(), names[4])};
     return found.weight && found.bias && found.activation && found.slope;
   }
 
@@ -136,6 +137,7 @@ class Untouched {
 
   py::object kind_, forward_;
   py::tuple hooks_;
+  py::object held_;  // the name of the module's dictionary that its tensors are in
 };
 
 // One inference call of a chain of layers as it was made once; see ConvPoolCall. A layer is (weight, bias, scale,
@@ -216,8 +218,8 @@ class LinearCall {
     void *weight, *bias, *scale;
     if (const int fits = like_.address(found.weight, expected.expected[0], &weight); fits != 1) return fits;
     if (const int fits = like_.address(found.bias, expected.expected[1], &bias); fits != 1) return fits;
-    if (const int fits = like_.address(Py_None, expected.expected[2], &scale); fits != 1) return fits;
-    weights = {weight, nullptr, bias};
+    if (const int fits = like_.address(found.scale, expected.expected[2], &scale); fits != 1) return fits;
+    weights = {weight, static_cast<const float*>(scale), bias};
     const int same = PyObject_RichCompareBool(found.activation, PyTuple_GET_ITEM(arguments, 0), Py_EQ);
     return same != 1 ? same : PyObject_RichCompareBool(found.slope, PyTuple_GET_ITEM(arguments, 1), Py_EQ);
   }

@@ -184,7 +184,8 @@ def linear_chain(
 ) -> None: ...
 # As conv_pool_call: run(inputs, layers, threads) for inputs and layers like the given ones; a layer is
 # (weight, bias, scale, arguments). Instead of layers, run takes the dictionary of modules that they are of;
-# untouched is (their type, its forward, the dictionaries of all modules' hooks).
+# untouched is (their type, its forward, the dictionaries of all modules' hooks, and "_parameters" or "_buffers",
+# where their tensors are).
 def linear_call(
     exchange: Any,
     watchers: tuple[Callable[[], Any], ...],
@@ -194,7 +195,7 @@ def linear_call(
     layers: list[Any],
     size: tuple[int, ...],
     strides: tuple[int, ...],
-    untouched: tuple[type, Any, tuple[dict[Any, Any], ...]],
+    untouched: tuple[type, Any, tuple[dict[Any, Any], ...], str],
 ) -> Callable[[Any, Any, int], Any]: ...
 # A training step's forward and backward for tensors like the given ones, each None for others. A layer is
 # (weight, bias, arguments, whether backward reads what it gave, that tensor's size and strides).

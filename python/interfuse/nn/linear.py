@@ -236,7 +236,9 @@ class DenseChain(nn.Sequential):
                 dense: Any = layer
                 layers.append(dense._layer())  # noqa: SLF001
             else:
-                chain = eager.Chain(self._modules, FusionLinear, _Dense.forward)
+                compact = type(next(iter(self._modules.values()), None)) is CompactLinear
+                kind, held = (CompactLinear, "_buffers") if compact else (FusionLinear, "_parameters")
+                chain = eager.Chain(self._modules, kind, _Dense.forward, held)
                 y = eager.run_chain(inputs, layers, chain)
                 if y is not None:
                     return y

@@ -36,14 +36,16 @@ def is_plain(t: Any) -> bool:
 
 
 class Chain(NamedTuple):
-    """Modules whose layers a call runs: their dictionary, their type and its forward."""
+    """Modules whose layers a call runs: their dictionary, their type, its forward, and where they keep their
+    tensors: "_parameters" or "_buffers"."""
 
     modules: dict[str, Any] | None
     kind: type
     forward: Any
+    held: str
 
 
-NO_CHAIN = Chain(None, type(None), None)
+NO_CHAIN = Chain(None, type(None), None, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def _remember(
     strides = torch.empty(size, device="meta").stride()
     call = linear_call(
         DLPACK_EXCHANGE, WATCHERS, (Tensor, Parameter), descs, tuple(inputs), layers, size, strides,
-        (chain.kind, chain.forward, GLOBAL_HOOKS))  # fmt: skip
+        (chain.kind, chain.forward, GLOBAL_HOOKS, chain.held))  # fmt: skip
     _recent.put(_key_of(inputs, layers), call)
     if chain.modules is not None:
         _remember_modules(inputs, layers, chain)
