@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from interfuse.models.layers import Layers, chosen
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -49,6 +51,12 @@ class Classifier(Predicting):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.head(self.encoder(x, lengths))
+
+
+def with_head(encoder: Encoder, num_classes: int, layers: str | Layers) -> Classifier:
+    """The encoder with a dense layer of the classes behind it."""
+    check_sizes(num_classes=num_classes)
+    return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))
 
 
 def check_sizes(**sizes: int | None) -> None:

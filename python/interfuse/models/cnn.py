@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape
+from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape, with_head
 from interfuse.models.layers import Layers, chosen
 from interfuse.torch_state import is_tracing
 
@@ -125,11 +125,10 @@ def _conv_classifier(
     width: int,
     layers: str | Layers,
 ) -> Classifier:
-    check_sizes(num_classes=num_classes)
     if not is_shape(input_shape, dimensions):
         raise ValueError(
             f"{name} takes an input_shape of {dimensions} numbers, channels first, without the batch; "
             f"got {input_shape!r}."
         )
     encoder = ConvEncoder(input_shape, channels, width, layers)
-    return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))
+    return with_head(encoder, num_classes, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape
+from interfuse.models.classifier import Classifier, Encoder, check_sizes, is_shape, with_head
 from interfuse.models.layers import CELLS, Layers, chosen
 
 if TYPE_CHECKING:
@@ -56,14 +56,13 @@ def rnn(
     layers: str | Layers = "fused",
 ) -> Classifier:
     """Token ids (steps,): an embedding, recurrent layers, the classes. Any number of steps will do."""
-    check_sizes(num_classes=num_classes)
     if not is_shape(input_shape, 1):
         raise ValueError(
             "rnn takes token ids, an input_shape of (steps,) without the batch (None: any number); for "
             f"feature vectors (steps, features) there is lstm. Got {input_shape!r}."
         )
     encoder = SequenceEncoder(embedding, hidden, num_layers, vocabulary, cell, layers)
-    return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))
+    return with_head(encoder, num_classes, layers)
 
 
 def lstm(
@@ -76,11 +75,10 @@ def lstm(
     layers: str | Layers = "fused",
 ) -> Classifier:
     """Feature vectors (steps, features), as of audio: recurrent layers, the classes."""
-    check_sizes(num_classes=num_classes)
     if not is_shape(input_shape, 2) or input_shape[1] is None:
         raise ValueError(
             "lstm takes feature vectors, an input_shape of (steps, features) without the batch (steps None: "
             f"any number); for token ids (steps,) there is rnn. Got {input_shape!r}."
         )
     encoder = SequenceEncoder(input_shape[1], hidden, num_layers, None, cell, layers)
-    return Classifier(encoder, chosen(layers).dense([encoder.width], [num_classes]))
+    return with_head(encoder, num_classes, layers)
