@@ -29,8 +29,7 @@ OPCHECKED = ("plain", "tails", "grouped", "causal", "boolean", "additive", "ever
 
 
 def close(ours: Any, theirs: Any, bound: float = tolerance.FLOAT32_ATTENTION_GRADIENT) -> bool:
-    pairs = zip(ours, theirs, strict=True) if isinstance(ours, (tuple, list)) else [(ours, theirs)]
-    return all(tolerance.error(a, b) <= bound for a, b in pairs)
+    return tolerance.close(ours, theirs, bound)
 
 
 def arguments(case: Case) -> tuple[Any, ...]:

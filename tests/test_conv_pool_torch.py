@@ -9,6 +9,7 @@ import pytest
 import tolerance
 import torch
 from cases.conv_pool import EDGES, Case
+from tolerance import close
 
 from interfuse.ops import conv_pool
 
@@ -17,11 +18,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 OP = torch.ops.interfuse.conv_pool.default
 BACKWARD = torch.ops.interfuse.conv_pool_backward.default
 BY_NAME = {case.name: case for case in EDGES}
-
-
-def close(ours: Any, theirs: Any, bound: float = tolerance.FLOAT32_GRADIENT) -> bool:
-    pairs = zip(ours, theirs, strict=True) if isinstance(ours, (tuple, list)) else [(ours, theirs)]
-    return all(tolerance.error(a, b) <= bound for a, b in pairs)
 
 
 OPCHECKED = ("relu-max", "gelu-max", "silu-avg", "tanh-none", "audio", "volume")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import linear_oracle as oracle
 import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
 from cases.linear import ACTIVATIONS, SMALL, Case
+from tolerance import close
 from torch import Tensor, nn
 
 from interfuse.nn.linear import DenseChain, FusionLinear
@@ -21,11 +20,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 OP = torch.ops.interfuse.linear.default
 BACKWARD = torch.ops.interfuse.linear_backward.default
 CASE = Case("two", (3,), (6, 4), (5,), ("gelu",))
-
-
-def close(ours: Any, theirs: Any, bound: float = tolerance.FLOAT32_GRADIENT) -> bool:
-    pairs = zip(ours, theirs, strict=True) if isinstance(ours, (tuple, list)) else [(ours, theirs)]
-    return all(tolerance.error(a, b) <= bound for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "softmax"])

@@ -10,6 +10,7 @@ import tolerance
 import torch
 import torch.nn.functional as F
 from losses_oracle import contrastive, draw, gradients, similarities
+from tolerance import close
 
 from interfuse import _native
 from interfuse.dispatch import BackendError
@@ -281,10 +282,6 @@ EACH = pytest.mark.parametrize(
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [draw(6, 17).to(dtype).requires_grad_(), draw(6, 17, seed=1).to(dtype).requires_grad_()]
-
-
-def close(ours: Any, theirs: Any, bound: float) -> bool:
-    return all(tolerance.error(a, b) <= bound for a, b in zip(ours, theirs, strict=True))
 
 
 @EACH

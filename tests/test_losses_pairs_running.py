@@ -105,9 +105,7 @@ def test_writing_to_an_input_before_backward_is_an_error(name: str) -> None:
         value.backward()
 
 
-def check_error(
-    shape: tuple[int, int], ours: Callable[..., Tensor], torchs: Callable[..., Tensor]
-) -> None:
+def check_error(shape: tuple[int, int], ours: Callable[..., Tensor], torchs: Callable[..., Tensor]) -> None:
     """The loss and its gradients are at most twice as far from float64's as torch's are."""
     xs = [draw(*shape, seed=i).requires_grad_() for i in range(2)]
     exact = [x.detach().double().requires_grad_() for x in xs]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import losses_oracle as oracle
 import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
 from cases.losses import REDUCTIONS, Case
+from tolerance import close
 from torch import Tensor, nn
 
 from interfuse.nn.losses import LinearCrossEntropyLoss
@@ -21,11 +20,6 @@ OP = torch.ops.interfuse.linear_cross_entropy.default
 BACKWARD = torch.ops.interfuse.linear_cross_entropy_backward.default
 CASE = Case("torch", 5, 6, 9, label_smoothing=0.1, weighted=True, ignored=1)
 DRAWN = oracle.tensors(CASE)
-
-
-def close(ours: Any, theirs: Any, bound: float = tolerance.FLOAT32_GRADIENT) -> bool:
-    pairs = zip(ours, theirs, strict=True) if isinstance(ours, (tuple, list)) else [(ours, theirs)]
-    return all(tolerance.error(a, b) <= bound for a, b in pairs)
 
 
 def op_tensors() -> tuple[Tensor, ...]:

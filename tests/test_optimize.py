@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from explained import rows
 from models_zoo import ZOO, Entry
 from torch import Tensor, nn
 
@@ -441,12 +442,12 @@ def test_the_reasons_read_well() -> None:
     interfuse.optimize(model.eval(), torch.randn(1, 3, 32, 32), seconds=0.01)
     interfuse.optimize(interfuse.restore(model))
     model(torch.randn(1, 3, 32, 32))
-    rows = {row.site: row for row in interfuse.explain(model).rows}
+    found = rows(model)
     units = _native.info()["matrix_units"]
     kernel, last = ("matrix", "saved)") if units else ("direct", "INTERFUSE_ISA forbids them)")
-    assert rows["0"].kernel.startswith(f"native, {kernel} (not winograd: a group has 3 input")
-    assert rows["0"].kernel.endswith(last)
-    assert rows["4"].kernel == "native, direct"
+    assert found["0"].kernel.startswith(f"native, {kernel} (not winograd: a group has 3 input")
+    assert found["0"].kernel.endswith(last)
+    assert found["4"].kernel == "native, direct"
     linear = "it is called by torch's own TransformerEncoderLayer, whose methods are left as they are"
-    assert rows["6.linear1"].reason == rows["6.linear2"].reason == linear
+    assert found["6.linear1"].reason == found["6.linear2"].reason == linear
     assert ".;" not in str(interfuse.explain(model))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tolerance
 import torch
+from explained import rows
 from torch import Tensor, nn
 
 import interfuse
@@ -43,7 +44,7 @@ PADDING = torch.arange(11) >= torch.tensor([[11], [4], [9]])
 
 
 def row(model: nn.Module, name: str = "attention") -> Any:
-    return {row.site: row for row in interfuse.explain(model).rows}[name]
+    return rows(model)[name]
 
 
 def close(ours: Any, theirs: Any) -> None:

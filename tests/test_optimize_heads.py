@@ -11,6 +11,7 @@ import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
+from explained import rows
 from torch import Tensor, nn
 
 import interfuse
@@ -60,10 +61,6 @@ class Tagger(nn.Module):
 
 def ids(*shape: int) -> Tensor:
     return torch.randint(50, shape or (3, 9), generator=torch.Generator().manual_seed(1))
-
-
-def rows(model: nn.Module) -> dict[str, Any]:
-    return {row.site: row for row in interfuse.explain(model).rows}
 
 
 def gradients(model: nn.Module, *given: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
+from explained import rows
 from torch import Tensor, nn
 
 import interfuse
@@ -34,10 +35,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every site stands, as if it had been measured to pay."""
     match = Linear.match
     monkeypatch.setattr(Linear, "match", lambda *args: match(*args)._replace(enabled=True))
-
-
-def rows(model: nn.Module) -> dict[str, Any]:
-    return {row.site: row for row in interfuse.explain(model).rows}
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
+from explained import rows
 from models_zoo import ZOO
 from torch import Tensor, nn
 
@@ -52,10 +53,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) 
         return change(y) if y.dtype == torch.float32 else y
 
     monkeypatch.setattr(ConvPool, "run", changed)
-
-
-def rows(model: nn.Module) -> dict[str, interfuse.optimize.Row]:
-    return {row.site: row for row in interfuse.explain(model).rows}
 
 
 def block() -> nn.Sequential:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from explained import rows
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -42,7 +43,7 @@ def ids() -> Tensor:
 
 
 def rnn_row(model: nn.Module, name: str = "rnn") -> Any:
-    return {row.site: row for row in interfuse.explain(model).rows}[name]
+    return rows(model)[name]
 
 
 def gradients(model: nn.Module, *args: Any) -> list[Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,6 +57,12 @@ def error(ours: Tensor, truth: Tensor) -> float:
     ours, truth = ours[~special], truth[~special]
     difference, size = (ours - truth).norm(), truth.norm()
     return float(difference / size) if size > 0 else float("inf") if difference > 0 else 0.0
+
+
+def close(ours: Any, theirs: Any, bound: float = FLOAT32_GRADIENT) -> bool:
+    """Two tensors, or as many on either side."""
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, (tuple, list)) else [(ours, theirs)]
+    return all(error(a, b) <= bound for a, b in pairs)
 
 
 def beside_torch(torchs: float, least: float = 2.0**-24) -> float:
