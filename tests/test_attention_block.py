@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import tolerance
@@ -14,9 +14,6 @@ from torch.profiler import profile
 
 from interfuse.bounded_cache import BoundedCache
 from interfuse.nn import CrossAttention, MultiheadAttention, _attention_block
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.usefixtures("poisoned_outputs"), pytest.mark.native]
 
@@ -53,11 +50,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
+def threads(request: pytest.FixtureRequest) -> int:
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 def module(**settings: Any) -> MultiheadAttention:
@@ -132,12 +127,10 @@ def test_queries_keys_and_values_of_one_tensor(calls: Calls, threads: int) -> No
 def test_the_bits_do_not_depend_on_the_number_of_threads(calls: Calls) -> None:
     made, (query, context) = module(), inputs()
     found = []
-    before = torch.get_num_threads()
     with torch.inference_mode():
         for count in (1, 2, 4):  # each divides the batch evenly
             torch.set_num_threads(count)
             found.append(made(query, context, context, need_weights=False)[0])
-    torch.set_num_threads(before)
     assert calls.first + calls.again == 3
     # Rows of an entry are multiplied with those of its neighbours; no sum reaches over two of them.
     assert torch.equal(found[0], found[1])
