@@ -184,8 +184,8 @@ def linear_chain(
 ) -> None: ...
 # As conv_pool_call: run(inputs, layers, threads) for inputs and layers like the given ones; a layer is
 # (weight, bias, scale, arguments). Instead of layers, run takes the dictionary of modules that they are of;
-# untouched is (their type, its forward, the dictionaries of all modules' hooks, and "_parameters" or "_buffers",
-# where their tensors are).
+# untouched is (their type, its forward, the dictionaries of all modules' hooks, and where their tensors are:
+# "_parameters" or "_buffers").
 def linear_call(
     exchange: Any,
     watchers: tuple[Callable[[], Any], ...],
