@@ -87,9 +87,7 @@ class Window {
     return (Vec)_mm512_maskz_loadu_ps(lanes, p);
   }
   static INTERFUSE_INLINE Vec load_masked(const uint16_t* p, __mmask16 lanes) {
-    typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
-    typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
-    return (Vec)(__builtin_convertvector((Half)_mm256_maskz_loadu_epi16(lanes, p), Wide) << 16);
+    return (Vec)((IVec)_mm512_maskz_cvtepu16_epi32(lanes, _mm256_maskz_loadu_epi16(lanes, p)) << 16);
   }
 #endif
   int64_t offset_ = 0, slice_ = 0, row_ = 0;
