@@ -58,7 +58,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """optimize() puts its sites at the sizes of tests too, at which torch's own calls are as fast."""
-    monkeypatch.setattr(attention, "rather_not", lambda seen: None)
+    monkeypatch.setattr(attention, "why_slower", lambda seen: None)
     monkeypatch.setattr(attention, "LEAST_SCORES", 0)
     monkeypatch.setattr(conv_pool, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(linear, "LEAST_ROWS", 0)

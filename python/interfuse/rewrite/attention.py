@@ -47,7 +47,7 @@ LEAST_IN_INFERENCE = 320_000
 LEAST_IN_INFERENCE_ALONE = 2_000_000  # torch has a call for the whole of self-attention, or with weights
 
 
-def rather_not(seen: Seen) -> str | None:
+def why_slower(seen: Seen) -> str | None:
     """Why torch's own module is to run a call, which is faster there."""
     p = seen.problem
     if p.device.type != "cpu":
@@ -102,7 +102,7 @@ class Attention(Pattern):
             return None  # what is missing torch says itself; dropout is torch's own
         kind = (given["key"].shape, given["key"] is value, bool(given.get("need_weights", True)))
         if _few(module, value, given["key"]) and not torch.compiler.is_compiling():
-            # Whatever else it is, no kernel takes it (rather_not): what is asked below takes as long as that
+            # Whatever else it is, no kernel takes it (why_slower): what is asked below takes as long as that
             # saves. The one weight is there for whether a gradient is wanted.
             return Call(
                 (value, given["key"], given["value"], module.out_proj.weight),
@@ -144,7 +144,7 @@ class Attention(Pattern):
         return Seen(problem, key is query)
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
-        return choose_kernel(IMPLEMENTATIONS, seen.problem, rather_not(seen))
+        return choose_kernel(IMPLEMENTATIONS, seen.problem, why_slower(seen))
 
 
 def _few(module: nn.MultiheadAttention, query: Any, key: Any) -> bool:

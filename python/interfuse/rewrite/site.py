@@ -152,7 +152,7 @@ class Site:
     def leaves(self, value: Any, beside: Any = None) -> bool:
         """Whether calls like this one are known to be the model's own; `beside` is an argument that decides
         over them too. This is short, since a small model's calls take not much longer than Python's code that
-        asks, which is in no cache when they come: in a model each function here takes 1 to 2 us."""
+        asks, which is in no cache when they come: what takes 0.5 us in a loop takes 5 in a model."""
         if not self._plain or is_dynamo_compiling():
             return False
         return _sketch(value, beside) in self._plain
