@@ -148,6 +148,29 @@ TEST(attention_against_double_loops) {
       }
 }
 
+// On matrix units such a head is computed again by the vector units.
+TEST(attention_an_infinity_stays_in_its_row) {
+  const Problem p{"an infinity", 1, 2, 2, 40, 70, 40, 33, INTERFUSE_MASK_NONE, 0, 0};
+  const interfuse_attention_spec s = spec_of(p, INTERFUSE_FLOAT32);
+  const int64_t spoilt = 5, head = 1;
+  for (Flush flush : {Flush::front, Flush::back}) {
+    Guarded<float> q(p.heads * p.queries * p.head_dim, flush), k(p.heads * p.keys * p.head_dim, flush);
+    Guarded<float> v(p.heads * p.keys * p.value_dim, flush), clean(p.heads * p.queries * p.value_dim), y(clean.size(), flush);
+    fill(q, Values::reals, 1), fill(k, Values::reals, 2), fill(v, Values::reals, 3);
+    const interfuse_attention_inputs in{q.data(), k.data(), v.data(), nullptr, nullptr, nullptr};
+    CHECK_EQUAL(interfuse_attention_forward(&s, &in, clean.data(), nullptr, nullptr, 2), INTERFUSE_OK);
+    q[spoilt * s.q_strides[2] + head * s.q_strides[1] + 3] = INFINITY;
+    CHECK_EQUAL(interfuse_attention_forward(&s, &in, y.data(), nullptr, nullptr, 2), INTERFUSE_OK);
+    for (int64_t r = 0; r < p.queries; ++r)
+      for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t d = 0; d < p.value_dim; ++d) {
+          const int64_t at = r * s.y_strides[2] + h * s.y_strides[1] + d;
+          CHECK(r == spoilt && h == head ? std::isnan(y[at]) : close(y[at], clean[at], h == head ? 1e-5 : 0));
+        }
+    CHECK(y.intact());
+  }
+}
+
 TEST(attention_says_what_is_wrong) {
   interfuse_attention_spec s = spec_of(kProblems[0], INTERFUSE_FLOAT32);
   s.kv_heads = 2;

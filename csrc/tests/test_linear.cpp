@@ -1,5 +1,6 @@
 // linear through the C API against plain double loops: every buffer between guard pages, flush with either end or
 // misaligned, every dtype, one and two threads.
+#include <cmath>
 #include <map>
 #include <memory>
 #include <type_traits>
@@ -212,6 +213,34 @@ TEST(linear_int8_weights) {
 TEST(linear_bfloat16_weights) {
   for (const Problem& p : kProblems)
     for (const Setting& how : kSettings) run<float, uint16_t>(p, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16, how);
+}
+
+// On matrix units such rows are computed again by the vector units.
+TEST(linear_an_infinity_stays_in_its_row) {
+  const int64_t rows = 40, depth = 70, outputs = 60, spoilt = 7;
+  for (const Setting& how : kSettings) {
+    Guarded<float> x(rows * depth, how.flush, how.offset), weight(outputs * depth, how.flush, how.offset);
+    Guarded<float> clean(rows * outputs), y(rows * outputs, how.flush, how.offset);
+    fill(x, Values::integers, 1), fill(weight, Values::integers, 2);
+    interfuse_linear_spec spec;
+    interfuse_linear_defaults(&spec);
+    spec.rows = rows, spec.out_features = outputs, spec.inputs = 1, spec.widths = spec.row_strides = &depth;
+    interfuse_linear* plan = nullptr;
+    CHECK_EQUAL(interfuse_linear_create(&spec, &plan), INTERFUSE_OK);
+    const void* const from = x.data();
+    const interfuse_linear_weights weights{weight.data(), nullptr, nullptr};
+    CHECK_EQUAL(interfuse_linear_forward(plan, &from, &weights, clean.data(), nullptr, how.threads), INTERFUSE_OK);
+    x[spoilt * depth + 3] = INFINITY;
+    CHECK_EQUAL(interfuse_linear_forward(plan, &from, &weights, y.data(), nullptr, how.threads), INTERFUSE_OK);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < outputs; ++n) {
+        double sum = 0;
+        for (int64_t k = 0; k < depth; ++k) sum += x[r * depth + k] * weight[n * depth + k];
+        CHECK(close(y[r * outputs + n], r == spoilt ? sum : clean[r * outputs + n], 0));
+      }
+    CHECK(y.intact());
+    interfuse_linear_destroy(plan);
+  }
 }
 
 TEST(linear_chain_is_its_layers) {
