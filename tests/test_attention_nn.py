@@ -170,6 +170,7 @@ def test_from_torch_takes_no_subclass() -> None:
 ERRORS = {
     "3 dimensions, or 2 without a batch": lambda m, q, k, v: m(q[0], k, v),
     "query's last dimension must be 24": lambda m, q, k, v: m(q[..., :8], k, v),
+    "module's dtype, torch.float32; got torch.float64, torch.float32": lambda m, q, k, v: m(q.double(), k, v),
     "one length, and all three one batch size": lambda m, q, k, v: m(q, k, v[:, :3]),
     "key_padding_mask must have shape (3, 11)": lambda m, q, k, v: m(
         q, k, v, torch.zeros(3, 7, dtype=torch.bool)

@@ -179,6 +179,7 @@ def multihead_forward(
     batched = query.dim() == 3
     same_key, same_value = key is query, value is key
     wrong = what_is_wrong(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+    wrong = wrong or _wrong_dtypes(query, key, value, weights.out_proj.dtype)
     if wrong is not None:
         raise fail(wrong)
     axis = 0 if module.batch_first else 1
@@ -257,6 +258,15 @@ def _whole_call(
     )
 
 
+def _wrong_dtypes(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> str | None:
+    if query.dtype == key.dtype == value.dtype == dtype or torch.is_autocast_enabled(query.device.type):
+        return None
+    return (
+        f"query, key and value must have the module's dtype, {dtype}; got {query.dtype}, {key.dtype} and "
+        f"{value.dtype}. Convert them, or the module, or run under autocast."
+    )
+
+
 def what_is_wrong(
     module: nn.MultiheadAttention,
     query: Tensor,
@@ -266,7 +276,7 @@ def what_is_wrong(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> str | None:
-    """With the arguments of a call, in a sentence; dtypes and devices are the products' own matter."""
+    """With the arguments of a call, in a sentence; dtypes are another question, devices the products' own."""
     shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
     if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
         return (
