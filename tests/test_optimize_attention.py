@@ -13,6 +13,8 @@ from explained import rows
 from torch import Tensor, nn
 
 import interfuse
+from interfuse.nn import _attention_block
+from interfuse.rewrite import attention
 
 BOUND = tolerance.FLOAT32_ATTENTION_GRADIENT
 
@@ -287,6 +289,7 @@ def test_autocast_keeps_the_models_dtypes() -> None:
 
 def test_few_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(_attention_block, "_MATRIX_UNITS", False)
     model = interfuse.optimize(Reader())
     random = torch.Generator().manual_seed(1)
     words, patches = torch.randn(2, 300, 16, generator=random), torch.randn(2, 300, 16, generator=random)
@@ -303,3 +306,26 @@ def test_few_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model(words, words)
     assert "for self-attention of 720000 scores" in row(model).why_not[0]
+
+
+def test_few_scores_are_one_call_where_there_are_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(_attention_block, "_MATRIX_UNITS", True)
+    monkeypatch.setattr(attention, "LEAST_WIDTH_AT_ONCE", 16)
+    plain = Reader().eval()
+    model = interfuse.optimize(copy.deepcopy(plain))
+    words, patches = (torch.cat([t] * 8) for t in words_and_patches())
+    made = []
+    forward = _attention_block.attention_block_forward
+    monkeypatch.setattr(
+        _attention_block, "attention_block_forward", lambda *args: (made.append(1), forward(*args))
+    )
+    with torch.no_grad():
+        assert tolerance.error(model(words, patches), plain(words, patches)) <= BOUND
+        assert row(model).kernel == "native"
+        assert len(made) == 1
+        model(words[:4], patches[:4])  # fewer rows than the core makes at once
+        assert "of 1232 scores in inference" in row(model).why_not[0]
+    model(words, patches)
+    assert "scores in training" in row(model).why_not[0]
+    assert len(made) == 1

@@ -57,6 +57,11 @@ def packed_places(width: int, with_bias: bool) -> _Places:
     return ((2, 0), (2, size), (2, 2 * size), (4, 0), *biases, (5, 0))
 
 
+def takes(rows: int) -> bool:
+    """Whether calls with so many rows of queries, in all batch entries, are made here."""
+    return _MATRIX_UNITS and rows >= _LEAST_ROWS
+
+
 def _row(t: Tensor) -> int | None:
     """Floats from row to row of a (batch, length, width), or None where they are not evenly apart."""
     (batch, length, width), (outer, row, one) = t.shape, t.stride()
@@ -78,7 +83,7 @@ def run(block: Block, heads: Heads, remember_as: tuple[object, ...] | None) -> T
     """
     query, context = block.query, block.context
     batch, queries = query.shape[:2]
-    if not _MATRIX_UNITS or batch * queries < _LEAST_ROWS:
+    if not takes(batch * queries):
         return None
     rows = _row(query), _row(context)
     if rows[0] is None or rows[1] is None:

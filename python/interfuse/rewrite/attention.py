@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from interfuse.autocast import autocast_dtype
+from interfuse.nn import _attention_block
 from interfuse.nn.attention import Weights, multihead_forward, weights_of, what_is_wrong
 from interfuse.ops._attention_problem import AttentionParams, AttentionProblem
 from interfuse.ops._dtypes import KERNEL_DTYPES
@@ -31,10 +32,12 @@ _NAMES = (
 
 
 class Seen(NamedTuple):
-    """A call in words; `alone`: keys and values are the queries, which torch projects by one product."""
+    """A call in words; `alone`: keys and values are the queries, which torch projects by one product;
+    `at_once`: the core makes all of it by one call."""
 
     problem: AttentionProblem
     alone: bool
+    at_once: bool
 
 
 # Below these many scores torch's own module was measured to be as fast as the kernels, or faster: what is
@@ -45,12 +48,15 @@ LEAST_SCORES_PER_WIDTH = 1_200  # training: the products around the scores grow 
 LEAST_WITH_WEIGHTS = 1_000_000  # training, where the weights are returned too
 LEAST_IN_INFERENCE = 320_000
 LEAST_IN_INFERENCE_ALONE = 2_000_000  # torch has a call for the whole of self-attention, or with weights
+# From this width on, a module that is one call of the core was faster with the fewest rows that it takes:
+# 1.2 to 3 times at widths of 64 to 512, with 4 to 130 thousand scores.
+LEAST_WIDTH_AT_ONCE = 64
 
 
 def why_slower(seen: Seen) -> str | None:
     """Why torch's own module is to run a call, which is faster there."""
     p = seen.problem
-    if p.device.type != "cpu":
+    if p.device.type != "cpu" or seen.at_once:
         return None
     if p.save:
         width = p.heads * p.head_dim
@@ -100,8 +106,9 @@ class Attention(Pattern):
         given.update(keywords)
         if "key" not in given or "value" not in given or (module.training and module.dropout):
             return None  # what is missing torch says itself; dropout is torch's own
-        kind = (given["key"].shape, given["key"] is value, bool(given.get("need_weights", True)))
-        if _few(module, value, given["key"]) and not torch.compiler.is_compiling():
+        at_once = _at_once(module, value, given)
+        kind = (given["key"].shape, given["key"] is value, bool(given.get("need_weights", True)), at_once)
+        if not at_once and _few(module, value, given["key"]) and not torch.compiler.is_compiling():
             # Whatever else it is, no kernel takes it (why_slower): what is asked below takes as long as that
             # saves. The one weight is there for whether a gradient is wanted.
             return Call(
@@ -141,10 +148,26 @@ class Attention(Pattern):
             weights=bool(call.settings.get("need_weights", True)),
             save=wants_gradient(call),
         )
-        return Seen(problem, key is query)
+        kind: Any = call.kind
+        return Seen(problem, key is query, kind[-1])
 
     def kernel(self, seen: Seen) -> tuple[str | None, tuple[str, ...]]:
         return choose_kernel(IMPLEMENTATIONS, seen.problem, why_slower(seen))
+
+
+def _at_once(module: nn.MultiheadAttention, query: Any, given: dict[str, Any]) -> bool:
+    """Whether an inference call with these arguments is one call of the core, and faster for it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or given.get("need_weights", True):
+        return False
+    if given["key"] is not given["value"] or not module.batch_first or module.in_proj_weight is None:
+        return False
+    if module.bias_k is not None or module.add_zero_attn or type(query) is not Tensor or query.dim() != 3:
+        return False
+    if module.embed_dim < LEAST_WIDTH_AT_ONCE or not query.is_cpu or query.dtype != torch.float32:
+        return False
+    if query.is_nested or autocast_dtype(query.device) is not None:
+        return False
+    return _attention_block.takes(query.shape[0] * query.shape[1])
 
 
 def _few(module: nn.MultiheadAttention, query: Any, key: Any) -> bool:
