@@ -14,25 +14,30 @@ from interfuse import _native
 ROOT = Path(__file__).parent.parent
 
 FORKING = """
-import os, sys
+import os, pickle, sys
 import numpy, torch, interfuse
 torch.set_num_threads(2)
 {work}
-before = work() if sys.argv[1] == "after" else None
+if sys.argv[1] == "after":
+    work()
+from_child, to_parent = os.pipe()
 child = os.fork()
 if child == 0:
-    now = work()
-    pairs = zip(now, before or now, strict=True)
-    right = all(numpy.allclose(a, b, rtol=1e-5, atol={atol}) for a, b in pairs)
-    os._exit(0 if right else 3)
+    with os.fdopen(to_parent, "wb") as file:
+        pickle.dump(work(), file)
+    os._exit(0)
+os.close(to_parent)
+with os.fdopen(from_child, "rb") as file:
+    found = pickle.load(file)
 status = os.waitpid(child, 0)[1]
-work()
-sys.exit(os.waitstatus_to_exitcode(status))
+pairs = zip(found, work(), strict=True)
+right = all(numpy.allclose(a, b, rtol=1e-5, atol={atol}) for a, b in pairs)
+sys.exit(os.waitstatus_to_exitcode(status) if right else 3)
 """
 
 
 def check_forked_child(work: str, when: str, atol: float) -> None:
-    """A child forked `when` the parent has computed ("after") or not ("before") computes the same arrays.
+    """A child forked `when` the parent has computed ("after") or not yet ("before") computes the same arrays.
 
     The code `work` defines work(), which returns them. GNU OpenMP hangs a child that starts a team after its
     parent did, and so do torch's own large operations: `work` makes none.

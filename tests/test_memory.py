@@ -321,6 +321,7 @@ def run_script(**environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
+        timeout=120,
         check=False,
     )
 
