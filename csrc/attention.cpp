@@ -12,13 +12,7 @@
 namespace interfuse {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
 constexpr int64_t kLeastKeys = 128;  // of a piece in backward: the block that its products work on
-
-void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("%s: %s is %lld; allowed is %lld to %lld.", op, name, (long long)value, (long long)least, (long long)most);
-}
 
 AttentionStrides strides(const int64_t (&from)[3]) { return {from[0], from[1], from[2]}; }
 
@@ -89,10 +83,10 @@ AttentionPool checked_pool(const interfuse_attention_pool_spec* s, const void* x
                            const int64_t* lengths) {
   if (!s) invalid("attention_pool: the spec is a null pointer; pass one.");
   check_range("attention_pool", "dtype", s->dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range("attention_pool", "batch", s->batch, 0, kMost);
-  check_range("attention_pool", "steps", s->steps, 0, kMost);
-  check_range("attention_pool", "width", s->width, 1, kMost);
-  check_range("attention_pool", "hidden", s->hidden, 1, kMost);
+  check_range("attention_pool", "batch", s->batch, 0, kMostElements);
+  check_range("attention_pool", "steps", s->steps, 0, kMostElements);
+  check_range("attention_pool", "width", s->width, 1, kMostElements);
+  check_range("attention_pool", "hidden", s->hidden, 1, kMostElements);
   if (s->batch && ((s->steps && (!x || !hidden)) || !context))
     invalid("attention_pool: x, hidden or context is a null pointer; all three are needed.");
   check_lengths("attention_pool", "lengths", lengths, s->batch, s->steps);
@@ -116,11 +110,11 @@ void check_lengths(const char* op, const char* name, const int64_t* lengths, int
 Attention checked_attention(const interfuse_attention_spec& s) {
   check_range("attention", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
   check_range("attention", "mask", s.mask, INTERFUSE_MASK_NONE, INTERFUSE_MASK_ADDITIVE);
-  check_range("attention", "batch", s.batch, 0, kMost);
-  check_range("attention", "kv_heads", s.kv_heads, 1, kMost);
-  check_range("attention", "heads", s.heads, 1, kMost);
-  check_range("attention", "queries", s.queries, 0, kMost);
-  check_range("attention", "keys", s.keys, 0, kMost);
+  check_range("attention", "batch", s.batch, 0, kMostElements);
+  check_range("attention", "kv_heads", s.kv_heads, 1, kMostElements);
+  check_range("attention", "heads", s.heads, 1, kMostElements);
+  check_range("attention", "queries", s.queries, 0, kMostElements);
+  check_range("attention", "keys", s.keys, 0, kMostElements);
   check_range("attention", "head_dim", s.head_dim, 1, 1 << 20);
   check_range("attention", "value_dim", s.value_dim, 1, 1 << 20);
   if (s.heads % s.kv_heads)

@@ -39,7 +39,6 @@ struct interfuse_attention_block {
 namespace interfuse {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
 // Multiply-adds that one thread does while another is woken.
 constexpr double kWorthAThread = 65536;
 // Threads' loads may differ by so much before dividing every stage among them is faster.
@@ -49,11 +48,6 @@ constexpr double kUneven = 1.1;
 constexpr int64_t kRowsTogether = 256;
 // Of memory between projections and output, where threads work on all entries together.
 constexpr int64_t kFloatsBetween = int64_t(1) << 24;
-
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("attention_block: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
-}
 
 Plan projection(int64_t inputs, int64_t row, int64_t outputs) {
   interfuse_linear_spec spec;
@@ -246,12 +240,12 @@ interfuse_status interfuse_attention_block_create(const interfuse_attention_bloc
     std::copy(s.mask_strides, s.mask_strides + 3, inner.mask_strides);
     auto made = std::make_unique<interfuse_attention_block>();
     made->attention = checked_attention(inner);
-    check_range("query_dim", s.query_dim, 1, INT32_MAX);
-    check_range("context_dim", s.context_dim, 1, INT32_MAX);
-    check_range("out_dim", s.out_dim, 1, INT32_MAX);
-    check_range("query_row", s.query_row, 0, kMost);
-    check_range("context_row", s.context_row, 0, kMost);
-    check_range("heads", s.heads, 1, INT32_MAX / s.head_dim / 3);
+    check_range("attention_block", "query_dim", s.query_dim, 1, INT32_MAX);
+    check_range("attention_block", "context_dim", s.context_dim, 1, INT32_MAX);
+    check_range("attention_block", "out_dim", s.out_dim, 1, INT32_MAX);
+    check_range("attention_block", "query_row", s.query_row, 0, kMostElements);
+    check_range("attention_block", "context_row", s.context_row, 0, kMostElements);
+    check_range("attention_block", "heads", s.heads, 1, INT32_MAX / s.head_dim / 3);
     made->query_dim = s.query_dim, made->context_dim = s.context_dim, made->out_dim = s.out_dim;
     made->query_row = s.query_row, made->context_row = s.context_row;
     const int64_t q = made->q_width(), kv = made->kv_width();

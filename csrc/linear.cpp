@@ -21,31 +21,24 @@ struct interfuse_linear {
 namespace interfuse {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
-
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("linear: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
-}
-
 void check_spec(const interfuse_linear_spec& s) {
-  check_range("dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range("weight_dtype", s.weight_dtype, INTERFUSE_FLOAT32, INTERFUSE_INT8);
-  check_range("activation", s.activation, INTERFUSE_NONE, INTERFUSE_SOFTMAX);
-  check_range("rows", s.rows, 0, kMost);
-  check_range("out_features", s.out_features, 1, INT32_MAX);
-  check_range("inputs", s.inputs, 1, 1 << 16);
+  check_range("linear", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range("linear", "weight_dtype", s.weight_dtype, INTERFUSE_FLOAT32, INTERFUSE_INT8);
+  check_range("linear", "activation", s.activation, INTERFUSE_NONE, INTERFUSE_SOFTMAX);
+  check_range("linear", "rows", s.rows, 0, kMostElements);
+  check_range("linear", "out_features", s.out_features, 1, INT32_MAX);
+  check_range("linear", "inputs", s.inputs, 1, 1 << 16);
   if (!s.widths || !s.row_strides) invalid("linear: widths or row_strides is a null pointer; pass one entry for each input.");
   if (s.weight_dtype != s.dtype && s.save)
     invalid("linear: a weight of another dtype than the inputs' is for inference; use save = 0, or a weight of the inputs' "
             "dtype.");
   int64_t depth = 0;
   for (int32_t i = 0; i < s.inputs; ++i) {
-    check_range("the width of an input", s.widths[i], 1, INT32_MAX);
-    check_range("the row stride of an input", s.row_strides[i], 0, kMost);
+    check_range("linear", "the width of an input", s.widths[i], 1, INT32_MAX);
+    check_range("linear", "the row stride of an input", s.row_strides[i], 0, kMostElements);
     depth += s.widths[i];
   }
-  if (depth > kMost / s.out_features || (s.rows && std::max(depth, s.out_features) > kMost / s.rows))
+  if (depth > kMostElements / s.out_features || (s.rows && std::max(depth, s.out_features) > kMostElements / s.rows))
     invalid("linear: %lld rows, %lld inputs' columns and %lld outputs are too large together; split the rows.",
             (long long)s.rows, (long long)depth, (long long)s.out_features);
 }

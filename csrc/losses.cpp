@@ -7,24 +7,17 @@
 namespace interfuse {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
-
-void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("%s: %s is %lld; allowed is %lld to %lld.", op, name, (long long)value, (long long)least, (long long)most);
-}
-
 void check(const CrossEntropy& call) {
   const interfuse_cross_entropy_spec& s = call.spec;
   check_range("cross_entropy", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
   check_range("cross_entropy", "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
-  check_range("cross_entropy", "rows", s.rows, 0, kMost);
+  check_range("cross_entropy", "rows", s.rows, 0, kMostElements);
   check_range("cross_entropy", "classes", s.classes, 1, INT32_MAX);
   check_range("cross_entropy", "features", s.features, 1, INT32_MAX);
-  check_range("cross_entropy", "input_row_stride", s.input_row_stride, 0, kMost);
+  check_range("cross_entropy", "input_row_stride", s.input_row_stride, 0, kMostElements);
   if (!(s.label_smoothing >= 0 && s.label_smoothing <= 1))
     invalid("cross_entropy: label_smoothing is %g; allowed is 0 to 1.", static_cast<double>(s.label_smoothing));
-  if (s.features > kMost / s.classes || (s.rows && s.classes > kMost / s.rows))
+  if (s.features > kMostElements / s.classes || (s.rows && s.classes > kMostElements / s.rows))
     invalid("cross_entropy: %lld rows, %lld classes and %lld features are too large together; split the rows.",
             (long long)s.rows, (long long)s.classes, (long long)s.features);
   if (!call.in.weight || (s.rows && (!call.in.input || !call.in.target)))
@@ -64,9 +57,9 @@ void run(CrossEntropy& call, const interfuse_cross_entropy_gradients* gradients,
 // rows and columns of a pair of tensors.
 void check_matrix(const char* op, int32_t dtype, int64_t rows, int64_t columns) {
   check_range(op, "dtype", dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range(op, "rows", rows, 0, kMost);
-  check_range(op, "columns", columns, 0, kMost);
-  if (rows && columns > kMost / rows)
+  check_range(op, "rows", rows, 0, kMostElements);
+  check_range(op, "columns", columns, 0, kMostElements);
+  if (rows && columns > kMostElements / rows)
     invalid("%s: %lld rows of %lld columns are too large together; split the rows.", op, (long long)rows, (long long)columns);
 }
 
@@ -76,7 +69,7 @@ void check(const interfuse_elementwise_loss_spec& s) {
   check_range(op, "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
   check_matrix(op, s.dtype, s.rows, s.columns);
   for (const int64_t* strides : {s.weight_strides, s.pos_weight_strides}) {
-    check_range(op, "the row stride of a weight", strides[0], 0, kMost);
+    check_range(op, "the row stride of a weight", strides[0], 0, kMostElements);
     check_range(op, "the column stride of a weight", strides[1], 0, 1);
   }
 }
@@ -85,8 +78,8 @@ void check(const interfuse_info_nce_spec& s) {
   const char* const op = "info_nce";
   check_range(op, "reduction", s.reduction, INTERFUSE_REDUCE_NONE, INTERFUSE_REDUCE_SUM);
   check_matrix(op, s.dtype, s.rows, s.features);
-  check_range(op, "features", s.features, 1, kMost);
-  if (s.rows && s.rows > kMost / s.rows)
+  check_range(op, "features", s.features, 1, kMostElements);
+  if (s.rows && s.rows > kMostElements / s.rows)
     invalid("%s: the similarities of %lld rows are too many; split the rows.", op, (long long)s.rows);
   if (!(s.temperature > 0 && s.temperature <= 3.4e38f))
     invalid("%s: the temperature is %g; it must be a finite number above 0.", op, static_cast<double>(s.temperature));

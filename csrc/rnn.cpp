@@ -12,13 +12,6 @@
 namespace interfuse {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 40;
-
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("rnn: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least, (long long)most);
-}
-
 // One order of sequences and the storage behind it.
 struct Order {
   std::vector<int64_t> row, length, active, first;
@@ -124,22 +117,22 @@ void check_weights(const Rnn& p, const interfuse_rnn_weights* weights) {
 }  // namespace
 
 Rnn checked_rnn(const interfuse_rnn_spec& s) {
-  check_range("cell", s.cell, INTERFUSE_RNN_TANH, INTERFUSE_GRU);
-  check_range("directions", s.directions, 1, 2);
-  check_range("weight_dtype", s.weight_dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range("batch", s.batch, 0, INT32_MAX);
-  check_range("steps", s.steps, 0, INT32_MAX);
-  check_range("input_size", s.input_size, 1, INT32_MAX);
-  check_range("hidden_size", s.hidden_size, 1, 1 << 24);
-  check_range("proj_size", s.proj_size, 0, s.hidden_size - 1);
-  check_range("layers", s.layers, 1, 1 << 16);
-  check_range("vocabulary", s.vocabulary, 0, INT32_MAX);
+  check_range("rnn", "cell", s.cell, INTERFUSE_RNN_TANH, INTERFUSE_GRU);
+  check_range("rnn", "directions", s.directions, 1, 2);
+  check_range("rnn", "weight_dtype", s.weight_dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range("rnn", "batch", s.batch, 0, INT32_MAX);
+  check_range("rnn", "steps", s.steps, 0, INT32_MAX);
+  check_range("rnn", "input_size", s.input_size, 1, INT32_MAX);
+  check_range("rnn", "hidden_size", s.hidden_size, 1, 1 << 24);
+  check_range("rnn", "proj_size", s.proj_size, 0, s.hidden_size - 1);
+  check_range("rnn", "layers", s.layers, 1, 1 << 16);
+  check_range("rnn", "vocabulary", s.vocabulary, 0, INT32_MAX);
   if (s.proj_size && s.cell != INTERFUSE_LSTM)
     invalid("rnn: proj_size is %lld, but only the LSTM has projections; use 0.", (long long)s.proj_size);
   if (s.save && s.weight_dtype != INTERFUSE_FLOAT32)
     invalid("rnn: bfloat16 weights are for inference; a plan with save = 1 needs float32 weights.");
   const int64_t width = std::max(s.input_size, 4 * s.hidden_size);
-  if (s.batch && s.steps > kMost / s.batch / width)
+  if (s.batch && s.steps > kMostElements / s.batch / width)
     invalid("rnn: %lld steps of %lld sequences are too large together; split the batch.", (long long)s.steps, (long long)s.batch);
   Rnn p{};
   p.cell = s.cell, p.directions = s.directions;

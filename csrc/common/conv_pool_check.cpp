@@ -22,12 +22,6 @@ int64_t checked_product(const char* what, std::initializer_list<int64_t> factors
   return product;
 }
 
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most)
-    invalid("conv_pool: %s is %lld; allowed is %lld to %lld.", name, (long long)value, (long long)least,
-            (long long)most);
-}
-
 const char* axis_name(int axis) {
   static const char* names[] = {"depth", "height", "width"};
   return names[axis];
@@ -60,30 +54,30 @@ int64_t pooled(const interfuse_conv_pool_spec& s, int axis, int64_t size) {
 }
 
 void check_scalars(const interfuse_conv_pool_spec& s) {
-  check_range("dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
-  check_range("activation", s.activation, INTERFUSE_NONE, INTERFUSE_SIGMOID);
-  check_range("pool", s.pool, INTERFUSE_POOL_NONE, INTERFUSE_POOL_AVG);
-  check_range("precision", s.precision, INTERFUSE_PRECISION_DEFAULT, INTERFUSE_PRECISION_HIGHEST);
-  check_range("batch", s.batch, 0, kMost);
-  check_range("in_channels", s.in_channels, 1, INT32_MAX);
-  check_range("out_channels", s.out_channels, 1, INT32_MAX);
-  check_range("groups", s.groups, 1, INT32_MAX);
+  check_range("conv_pool", "dtype", s.dtype, INTERFUSE_FLOAT32, INTERFUSE_BFLOAT16);
+  check_range("conv_pool", "activation", s.activation, INTERFUSE_NONE, INTERFUSE_SIGMOID);
+  check_range("conv_pool", "pool", s.pool, INTERFUSE_POOL_NONE, INTERFUSE_POOL_AVG);
+  check_range("conv_pool", "precision", s.precision, INTERFUSE_PRECISION_DEFAULT, INTERFUSE_PRECISION_HIGHEST);
+  check_range("conv_pool", "batch", s.batch, 0, kMost);
+  check_range("conv_pool", "in_channels", s.in_channels, 1, INT32_MAX);
+  check_range("conv_pool", "out_channels", s.out_channels, 1, INT32_MAX);
+  check_range("conv_pool", "groups", s.groups, 1, INT32_MAX);
   if (s.in_channels % s.groups || s.out_channels % s.groups)
     invalid(
         "conv_pool: %lld input and %lld output channels cannot be split into %lld groups; "
         "both must be multiples of groups.",
         (long long)s.in_channels, (long long)s.out_channels, (long long)s.groups);
   for (int axis = 0; axis < 3; ++axis) {
-    check_range("an input size", s.input[axis], 1, INT32_MAX);
-    check_range("a kernel size", s.kernel[axis], 1, INT32_MAX);
-    check_range("a stride", s.stride[axis], 1, INT32_MAX);
-    check_range("a dilation", s.dilation[axis], 1, INT32_MAX);
-    check_range("a padding", s.padding_lo[axis], 0, INT32_MAX);
-    check_range("a padding", s.padding_hi[axis], 0, INT32_MAX);
+    check_range("conv_pool", "an input size", s.input[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a kernel size", s.kernel[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a stride", s.stride[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a dilation", s.dilation[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a padding", s.padding_lo[axis], 0, INT32_MAX);
+    check_range("conv_pool", "a padding", s.padding_hi[axis], 0, INT32_MAX);
     if (s.pool == INTERFUSE_POOL_NONE) continue;
-    check_range("a pool_size", s.pool_size[axis], 1, INT32_MAX);
-    check_range("a pool_stride", s.pool_stride[axis], 1, INT32_MAX);
-    check_range("a pool_padding", s.pool_padding[axis], 0, s.pool_size[axis] / 2);
+    check_range("conv_pool", "a pool_size", s.pool_size[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a pool_stride", s.pool_stride[axis], 1, INT32_MAX);
+    check_range("conv_pool", "a pool_padding", s.pool_padding[axis], 0, s.pool_size[axis] / 2);
   }
 }
 

@@ -18,6 +18,11 @@ void invalid(const char* format, ...) {
   throw Invalid(text);
 }
 
+void check_range(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most)
+    invalid("%s: %s is %lld; allowed is %lld to %lld.", op, name, (long long)value, (long long)least, (long long)most);
+}
+
 interfuse_status guarded_call(void (*body)(void*), void* context) {
   try {
     body(context);

@@ -19,7 +19,7 @@ constexpr int64_t kRowsConverted = 384;
 template <int Columns, class W>
 INTERFUSE_INLINE void dot_rows(const LinearPiece* piece, const LinearPiece* end, const InputRows* inputs, Range rows,
                                const W* weight, const W* ahead, int64_t depth, float* to, int64_t outputs, bool add) {
-  const int64_t tiles = (rows.end - rows.begin + kDotRows - 1) / kDotRows;
+  const int64_t tiles = divide_up(rows.end - rows.begin, kDotRows);
   int64_t turn = 0;
   const auto tile = [&](auto count, int64_t row) __attribute__((always_inline)) {
     // Tile number i brings row i of the weight's next rows and, where there are fewer tiles than rows, every further one.
